@@ -1,0 +1,277 @@
+"""The audit event: the one record that the collector writes and that everything else reads.
+
+Every record on `iw.events` is one of the structs below, told apart by `kind`, encoded as JSON. Foundation of all rooms:
+this file loads msgspec and nothing else of ours or of others, so that any process may read events cheaply.
+
+Compatibility: readers ignore unknown fields of the same major `schema_version`; a newer major raises `NewerSchema`, an
+unknown kind or a field out of its bounds raises `BadEvent`. Neither message ever quotes the record: undecodable bytes
+may hold text.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+SCHEMA_VERSION: Final = "1.0"
+SCHEMA_MAJOR: Final = 1
+EVENT_BYTES_MAX: Final = 256 * 1024
+"""Largest encoded record; `iw.events` is created with the same `max.message.bytes`."""
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+Name = Annotated[str, Meta(max_length=256)]
+"""A label of ours or of the operator's: a model, a route, a guard. Never the client's text."""
+Pseudonym = Annotated[str, Meta(max_length=64)]
+"""A keyed digest, `PREFIX_HEX`: u_ user, s_ session, k_ API key, a_ address. Empty where the client gave nothing."""
+Digest = Annotated[str, Meta(max_length=80)]
+"""`hmac:HEX` (HMAC-SHA-256 under the tenant's key) or `sha256:HEX`. Empty where there was nothing to hash."""
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e10)]
+
+Status = Literal["ok", "blocked_input", "blocked_output", "rejected", "aborted", "error", "lost"]
+Stage = Literal["input", "retrieved", "tool", "output"]
+Decision = Literal["allow", "block", "shadow", "error"]
+"""`shadow`: the guard would have blocked but only watches. `error`: it failed; policy decided what happened then."""
+
+
+class BadEvent(ValueError):
+    """The bytes are no record of a kind and shape known here. The message names the field, never its value."""
+
+
+class NewerSchema(BadEvent):
+    """The record is of a newer major schema version than this reader."""
+
+
+class GuardResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One guard's verdict on one text."""
+
+    guard: Name
+    version: Name
+    stage: Stage
+    decision: Decision
+    score: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    label: Name = ""
+    latency_ms: Milliseconds = 0.0
+    error: Name = ""
+    """The class of the error, never its message: a message may quote the text that was judged."""
+
+
+class Adapter(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The LoRA adapter that answered."""
+
+    name: Name
+    digest: Digest = ""
+
+
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """What every record carries.
+
+    A *lane* is (collector_id, boot, Kafka partition). `seq` is contiguous per lane, from 0 at its `hello`, and the
+    record promises that nothing with an earlier `timestamp` follows in its lane.
+    """
+
+    schema_version: Annotated[str, Meta(max_length=16)]
+    event_id: Annotated[str, Meta(max_length=36)]
+    """UUIDv7, minted by the collector."""
+    timestamp: Annotated[datetime, Meta(tz=True)]
+    """When the request was closed (answered, refused, aborted), UTC. Its start is `timestamp - latency_ms`."""
+    collector_id: Name
+    boot: Name
+    seq: Count
+
+
+class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, tag="inference"):
+    """One engine request as the client meant it: n = 3 is one, a list of four prompts is four."""
+
+    tenant: Name
+    session_id: Pseudonym
+    user_id: Pseudonym
+    prompt_hash: Digest
+    """Over the whole input as the engine reads it."""
+    model_version: Name
+    """Model name and weight revision, `NAME@REVISION`."""
+    guardrail_results: Annotated[list[GuardResult], Meta(max_length=64)]
+    response_tokens: Count
+    latency_ms: Milliseconds
+    blocked: bool
+    status: Status
+
+    http_request_id: Annotated[str, Meta(max_length=36)] = ""
+    route: Name = ""
+    operation: Name = ""
+    """chat, completion, embedding, …"""
+    http_status: Annotated[int, Meta(ge=0, le=599)] = 0
+    finish_reason: Name = ""
+    reason: Name = ""
+    """Why it was refused, aborted or failed: a fixed word, never a message."""
+    prompt_tokens: Count = 0
+    max_tokens: Count = 0
+    ttft_ms: Milliseconds | None = None
+    queue_ms: Milliseconds | None = None
+    ms_per_output_token: Milliseconds | None = None
+    stream: bool = False
+    n: Annotated[int, Meta(ge=0, le=65536)] = 1
+    adapter: Adapter | None = None
+    weights_digest: Digest = ""
+    key_id: Name = ""
+    api_key: Pseudonym = ""
+    client_address: Pseudonym = ""
+    turn_hash: Digest = ""
+    """Over what is new in this request: the last user turn and tool or retrieved text after it."""
+    system_hash: Digest = ""
+    minhash: Annotated[str, Meta(max_length=1024)] = ""
+    """Keyed MinHash of the same text as `turn_hash`: base64 of little-endian uint32, 64 of them. Empty: no text."""
+    view: Literal["messages", "rendered", ""] = ""
+    """Whether the gate saw messages, or only the rendered prompt was at hand."""
+    key_epoch: Name = ""
+    chain: Digest = ""
+
+
+class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, tag="rejection"):
+    """A request refused before the engine saw it: `status` is `rejected`, `reason` and `http_status` say why."""
+
+
+class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, tag="hello"):
+    """Opens a lane."""
+
+    model_version: Name = ""
+    inferwatch_version: Name = ""
+    config_digest: Digest = ""
+    clock_offset_ms: float = 0.0
+    """The collector's clock minus the broker's append time, measured before the lanes were opened."""
+
+
+class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, tag="heartbeat"):
+    """A lane with nothing to say keeps its promise moving; the counters are the collector's, not the lane's."""
+
+    engine_requests: Count = 0
+    events: Count = 0
+    rejections: Count = 0
+    in_flight: Count = 0
+    dropped: Count = 0
+    journal_bytes: Count = 0
+    guard_errors: dict[Name, Count] = {}
+
+
+class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, tag="goodbye"):
+    """Closes a lane: nothing follows."""
+
+    reason: Literal["stopped", "recovered"] = "stopped"
+    """`recovered`: the boot died; its journal was sent by a later one."""
+
+
+class Checkpoint(Record, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
+    """Signs the heads of all lanes of one boot."""
+
+    heads: Annotated[dict[Name, Digest], Meta(max_length=4096)] = {}
+    root: Digest = ""
+    signature: Name = ""
+    key_id: Name = ""
+
+
+class Tick(Record, frozen=True, kw_only=True, omit_defaults=True, tag="tick"):
+    """Written by the reader of a partition idle for 5 s, so that time goes on where no collector lives."""
+
+
+class Change(Record, frozen=True, kw_only=True, omit_defaults=True, tag="change"):
+    """Something that changes what is normal: a model, adapter, guard, template, key or config."""
+
+    tenant: Name = ""
+    subject: Name
+    before: Name = ""
+    after: Name = ""
+
+
+class Integrity(Record, frozen=True, kw_only=True, omit_defaults=True, tag="integrity"):
+    """The collector tells on itself: a record too large to send, a refused batch, a journal that was damaged."""
+
+    tenant: Name = ""
+    problem: Name
+    subject_id: Annotated[str, Meta(max_length=36)] = ""
+    size_bytes: Count = 0
+
+
+AnyRecord = AuditEvent | Rejection | Hello | Heartbeat | Goodbye | Checkpoint | Tick | Change | Integrity
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
+
+
+class _Version(Struct):
+    schema_version: str = ""
+
+
+_version_decoder = msgspec.json.Decoder(_Version)
+
+
+def encode(record: AnyRecord) -> bytes:
+    """The record as one JSON object, UTF-8, no newline."""
+    return _encoder.encode(record)
+
+
+def decode(raw: bytes) -> AnyRecord:
+    """The record in `raw`.
+
+    Raises `NewerSchema` for a newer major version, `BadEvent` for anything else that is no known record. About 1 µs.
+    """
+    try:
+        record = _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _refusal(raw, error) from None
+    if _major(record.schema_version) > SCHEMA_MAJOR:
+        raise _newer(record.schema_version)
+    return record
+
+
+def _refusal(raw: bytes, error: Exception) -> BadEvent:
+    """The reason why `raw` is no record. A newer schema explains an odd shape, so it is looked for first."""
+    try:
+        version = _version_decoder.decode(raw).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        version = ""
+    if _major(version) > SCHEMA_MAJOR:
+        return _newer(version)
+    where = str(error).rpartition(" - at ")[2] if " - at " in str(error) else "the top level"
+    return BadEvent(f"no audit record of schema {SCHEMA_MAJOR}.x: {type(error).__name__} at {where}")
+
+
+def _newer(version: str) -> NewerSchema:
+    major = _major(version)
+    return NewerSchema(f"schema version {major} is newer than {SCHEMA_MAJOR}, the newest read here: update inferwatch")
+
+
+def _major(version: str) -> int:
+    head = version.partition(".")[0]
+    return int(head) if head.isascii() and head.isdigit() and len(head) < 10 else 0
+
+
+def timestamp_us(moment: datetime) -> int:
+    """Microseconds since the epoch, exactly."""
+    return (moment - EPOCH) // _MICROSECOND
+
+
+def from_timestamp_us(value_us: int) -> datetime:
+    """The inverse of `timestamp_us`."""
+    return EPOCH + timedelta(microseconds=value_us)
+
+
+def uuid7(
+    clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[int], bytes] = os.urandom
+) -> str:
+    """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 74 of randomness. Unguessable, sorts by time."""
+    value = (clock_ns() // 1_000_000) << 80 | int.from_bytes(random_bytes(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    digits = f"{value:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of the wire format, as published in docs/event.schema.json."""
+    return msgspec.json.schema(AnyRecord)

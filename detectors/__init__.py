@@ -1,0 +1,1 @@
+"""Detectors: pure folds from events to findings. No Kafka, no Faust, no clock, no I/O."""

@@ -1,0 +1,1 @@
+"""The command line, the composed config, and the two names that vLLM loads."""

@@ -1,0 +1,1 @@
+"""The store: ClickHouse or chDB through clickhouse-connect, and its read-only HTTP face."""

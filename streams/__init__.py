@@ -1,0 +1,1 @@
+"""Streams: the processes that move events and findings through Kafka."""
