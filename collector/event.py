@@ -261,9 +261,7 @@ def from_timestamp_us(value_us: int) -> datetime:
     return EPOCH + timedelta(microseconds=value_us)
 
 
-def uuid7(
-    clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[int], bytes] = os.urandom
-) -> str:
+def uuid7(clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[int], bytes] = os.urandom) -> str:
     """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 74 of randomness. Unguessable, sorts by time."""
     value = (clock_ns() // 1_000_000) << 80 | int.from_bytes(random_bytes(10), "big")
     value = value & ~(0xF << 76) | 0x7 << 76
