@@ -1,0 +1,144 @@
+"""The composed configuration: `inferwatch.toml`, one table for each room, every key checked.
+
+Order of precedence: environment (`INFERWATCH_KAFKA__BOOTSTRAP_SERVERS=…`), then the file, then the defaults. Secrets are
+never values here, only paths to files (`…_file`) that hold them.
+"""
+
+import difflib
+import hashlib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, cast, get_args
+
+import orjson
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from collector.config import CollectorConfig
+from collector.kafka import KafkaConfig
+from dashboards.config import DashboardsConfig
+from detectors.config import DetectConfig
+from sinks.config import SinksConfig, StoreConfig
+from streams.config import BrokerSettings, StreamsConfig
+
+CONFIG_VARIABLE: Final = "INFERWATCH_CONFIG"
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; the message is one sentence for each problem."""
+
+
+class Config(BaseSettings):
+    """Everything an inferwatch process can be told. Unknown keys are refused by name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="INFERWATCH_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    data_dir: Path = Field(Path(".inferwatch"), description="Where processes keep their data, logs and run files.")
+    broker: BrokerSettings = Field(BrokerSettings(), description="The development Kafka of `inferwatch broker`.")
+    kafka: KafkaConfig = Field(KafkaConfig(), description="The Kafka cluster that everything talks to.")
+    collector: CollectorConfig = Field(CollectorConfig(), description="The collector in the inference server.")
+    detect: DetectConfig = Field(DetectConfig(), description="The detectors.")
+    streams: StreamsConfig = Field(StreamsConfig(), description="The stream processors.")
+    sinks: SinksConfig = Field(SinksConfig(), description="Where findings are delivered.")
+    store: StoreConfig = Field(StoreConfig(), description="ClickHouse or chDB.")
+    dashboards: DashboardsConfig = Field(DashboardsConfig(), description="The HTML view.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment before the file; no .env file and no secrets folder."""
+        return env_settings, init_settings
+
+    def digest(self) -> str:
+        """Twelve hex digits over all settings: two processes with the same digest run the same configuration."""
+        settings = self.model_dump(mode="json")
+        return hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
+
+
+def load(path: Path | None = None) -> Config:
+    """The configuration in `path`, else in the file `INFERWATCH_CONFIG` names, else `inferwatch.toml` here, else defaults.
+
+    Raises `ConfigError` where the file is missing, no TOML, or has a key or value that can't be used.
+    """
+    named = path or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    file = named or Path("inferwatch.toml")
+    values: Mapping[str, object] = {}
+    if named is not None or file.exists():
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such configuration file; `inferwatch config example` prints one") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: can't be read ({type(error).__name__})") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    try:
+        return Config(**values)  # type: ignore[arg-type]  # pydantic checks the values at run time
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(file, problem) for problem in error.errors())) from None
+
+
+def _sentence(file: Path, problem: ErrorDetails) -> str:
+    """One problem as a sentence: where, what, and the nearest right name. Never the value: it may be a secret."""
+    keys = [str(part) for part in problem["loc"]]
+    where = ".".join(keys)
+    if problem["type"] != "extra_forbidden":
+        return f"{file}: {where}: {problem['msg']}"
+    known = list(_known_keys(keys[:-1]))
+    near = difflib.get_close_matches(keys[-1], known, n=1)
+    table = f"[{'.'.join(keys[:-1])}]" if keys[:-1] else "the top level"
+    hint = f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(sorted(known))}"
+    return f"{file}: unknown key {keys[-1]!r} in {table}; {hint}"
+
+
+def _known_keys(path: list[str]) -> Iterator[str]:
+    """The keys of the table at `path`."""
+    model: type[BaseModel] = Config
+    for key in path:
+        field = model.model_fields.get(key)
+        found = _model_in(field.annotation) if field is not None else None
+        if found is None:
+            return
+        model = found
+    yield from model.model_fields
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The pydantic model in an annotation such as `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def describe(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key with its default and meaning, as the lines of an example `inferwatch.toml`."""
+    tables: list[tuple[str, type[BaseModel], bool]] = []
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            tables.append((f"{prefix}{name}", inner, field.default is None))
+            continue
+        default = field.get_default(call_default_factory=True)
+        yield f"# {field.description}" if field.description else "#"
+        yield f"# {name} = {_toml(default)}" if default is not None else f"# {name} ="
+    for name, inner, optional in tables:
+        yield ""
+        yield f"# [{name}]  (left out: not used)" if optional else f"[{name}]"
+        yield from describe(inner, f"{name}.")
+
+
+def _toml(value: object) -> str:
+    """A default as TOML would write it; JSON's scalars and arrays are TOML's."""
+    plain = cast(object, orjson.loads(orjson.dumps(value, default=str)))
+    return orjson.dumps(plain).decode()
