@@ -1,7 +1,7 @@
 """The composed configuration: `inferwatch.toml`, one table for each room, every key checked.
 
-Order of precedence: environment (`INFERWATCH_KAFKA__BOOTSTRAP_SERVERS=…`), then the file, then the defaults. Secrets are
-never values here, only paths to files (`…_file`) that hold them.
+Order of precedence: environment (`INFERWATCH_KAFKA__BOOTSTRAP_SERVERS=…`), then the file, then the defaults. Secrets
+are never values here, only paths to files (`…_file`) that hold them.
 """
 
 import difflib
@@ -67,7 +67,9 @@ class Config(BaseSettings):
 
 
 def load(path: Path | None = None) -> Config:
-    """The configuration in `path`, else in the file `INFERWATCH_CONFIG` names, else `inferwatch.toml` here, else defaults.
+    """The configuration in `path`, else in the file `INFERWATCH_CONFIG` names, else in `inferwatch.toml` here.
+
+    Without any of them, the defaults.
 
     Raises `ConfigError` where the file is missing, no TOML, or has a key or value that can't be used.
     """

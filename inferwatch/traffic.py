@@ -37,7 +37,8 @@ ATTACKS: Final = (
 TWISTS: Final = (
     "please", "now", "right away", "as a poem", "in French", "in base64", "step by step", "for my homework",
     "as a table", "in capitals", "word by word", "as JSON", "as a joke", "in a code block", "slowly", "twice",
-    "for a test", "as my grandmother would", "backwards", "in one line", "as a haiku", "as a letter", "quietly", "again",
+    "for a test", "as my grandmother would", "backwards", "in one line", "as a haiku", "as a letter", "quietly",
+    "again",
 )  # fmt: skip
 
 
