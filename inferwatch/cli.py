@@ -1,0 +1,183 @@
+"""The command line: `inferwatch …`. Thin: each command loads its room only when it is called, and says one sentence when it fails."""
+
+import asyncio
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferwatch.config import Config, describe, load
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+dashboards_app = typer.Typer(no_args_is_help=True, help="Dashboards for Grafana.")
+app.add_typer(config_app, name="config")
+app.add_typer(dashboards_app, name="dashboards")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The configuration file.", envvar="INFERWATCH_CONFIG")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.command()
+def broker(config: ConfigOption = None) -> None:
+    """Run the development Kafka on this machine.
+
+    Example: inferwatch broker
+    """
+    from streams.broker import run  # noqa: PLC0415  # each command loads its own room
+
+    run(load(config).broker)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context, config: ConfigOption = None) -> None:
+    """Run `vllm serve` with the collector inside; everything else on the line goes to vLLM.
+
+    Example: inferwatch serve --config inferwatch.toml my-model --port 8000
+    """
+    from inferwatch.serve import serve as serve_vllm  # noqa: PLC0415
+
+    serve_vllm(config, context.args)
+
+
+@app.command()
+def detect(
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: events to rollups. 2: rollups to findings.")],
+    config: ConfigOption = None,
+) -> None:
+    """Run one stage of the stream processors.
+
+    Example: inferwatch detect --stage 1
+    """
+    from inferwatch.roles import run_detect  # noqa: PLC0415
+
+    run_detect(load(config), stage)
+
+
+@app.command()
+def deliver(config: ConfigOption = None) -> None:
+    """Deliver findings to the configured sinks.
+
+    Example: inferwatch deliver --config inferwatch.toml
+    """
+    from inferwatch.roles import run_deliver  # noqa: PLC0415
+
+    run_deliver(load(config))
+
+
+@app.command()
+def store(config: ConfigOption = None) -> None:
+    """Keep events and findings in ClickHouse or chDB; serve the HTML view and the read-only query face.
+
+    Example: inferwatch store --config inferwatch.toml
+    """
+    from inferwatch.roles import run_store  # noqa: PLC0415
+
+    run_store(load(config))
+
+
+@app.command()
+def up(config: ConfigOption = None) -> None:
+    """Run broker, store, both stages and delivery on this machine until Ctrl-C.
+
+    Example: inferwatch up --config inferwatch.toml
+    """
+    from inferwatch.up import run_up  # noqa: PLC0415
+
+    run_up(config)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="End by itself instead of leaving the view up.")] = False,
+    as_json: JsonOption = False,
+    engine: Annotated[str, typer.Option(help="vllm, replay, or auto: vllm where it is installed.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 20_260_101,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTML view; 0 takes a free one.")] = 0,
+) -> None:
+    """Run the whole pipe on this machine with staged traffic, and show what it finds.
+
+    Example: inferwatch demo --once --json
+    """
+    from inferwatch.demo import run_demo  # noqa: PLC0415
+
+    raise typer.Exit(run_demo(once=once, as_json=as_json, engine=engine, seed=seed, port=port))
+
+
+@app.command()
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show the health record of every process: lag, watermark, late events, drops.
+
+    Example: inferwatch status --json
+    """
+    from inferwatch.roles import print_status  # noqa: PLC0415
+
+    raise typer.Exit(asyncio.run(print_status(load(config), as_json=as_json)))
+
+
+@config_app.command("check")
+def config_check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Check a configuration file: unknown keys, wrong values, missing files.
+
+    Example: inferwatch config check --config inferwatch.toml
+    """
+    checked: Config = load(config)
+    if as_json:
+        typer.echo(checked.model_dump_json())
+    else:
+        typer.echo(f"The configuration is sound. Digest {checked.digest()}.")
+
+
+@config_app.command("example")
+def config_example() -> None:
+    """Print every key with its default and meaning.
+
+    Example: inferwatch config example > inferwatch.toml
+    """
+    typer.echo("\n".join(describe()))
+
+
+@dashboards_app.command("export")
+def dashboards_export(folder: Annotated[Path, typer.Argument(help="Where the JSON files go.")]) -> None:
+    """Write the Grafana dashboards as JSON, ready to import or provision.
+
+    Example: inferwatch dashboards export compose/grafana/dashboards
+    """
+    from dashboards.grafana import export  # noqa: PLC0415
+
+    for file in export(folder):
+        typer.echo(str(file))
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the version.
+
+    Example: inferwatch version
+    """
+    typer.echo(version("inferwatch"))
+
+
+def main() -> None:
+    """The entry point: a failure is one sentence on standard error and exit status 1; 130 after Ctrl-C."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("INFERWATCH_TRACEBACK"):
+            raise
+        known = isinstance(error, ValueError | OSError | RuntimeError)
+        said = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
+        hint = "" if known else " (INFERWATCH_TRACEBACK=1 shows where)"
+        typer.echo(f"inferwatch: {said}{hint}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
