@@ -1,0 +1,134 @@
+"""What a guard is: it reads one text and answers with a score, a label and whether it would block.
+
+A guard is a file of this room with two classes: its config (a `GuardPolicy` with `build`) and itself (a `Guard`). The
+fields of `collector.guards.config.GuardsConfig` are the table of all guards. Guards know neither tenants nor policy,
+nor each other: `collector.guards.stack` runs them, bounds their time and turns judgements into decisions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from collector.event import Stage
+
+Threshold = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class GuardRefused(Exception):
+    """A guard can't start: damaged weights, or a self-test that failed. One sentence for the operator."""
+
+
+class Judgement(NamedTuple):
+    """A guard's answer on one text."""
+
+    score: float
+    """In [0, 1], higher is worse; 0.5 is the guard's own shipped threshold where it has one."""
+    label: str
+    """Words of the guard's `labels`, joined by `+`; empty when there is nothing to say. Never a piece of the text."""
+    block: bool
+    """The guard's own advice; a threshold in the config overrules it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A text with a known answer: part of the self-test without which no guard starts."""
+
+    text: str = field(repr=False)
+    stage: Stage
+    block: bool
+
+
+class Guard(Protocol):
+    """Judges one text at a time; called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """As in the config and in the event."""
+
+    @property
+    def version(self) -> str:
+        """Changes whenever a verdict could change: code version and a short digest of weights or patterns."""
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        """The stages it can judge."""
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """Every word that a label may be made of."""
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """At least one text that must be blocked and one that must pass, at the shipped threshold."""
+
+    def judge(self, text: str, stage: Stage) -> Judgement:
+        """The judgement on `text`, of any length and content, lone surrogates included. Deterministic."""
+
+
+class TenantPolicy(BaseModel):
+    """What one tenant has otherwise than the rest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: Threshold | None = Field(None, description="Block at this score and above, for this tenant.")
+    mode: Literal["enforce", "shadow"] | None = Field(None, description="shadow: judge and report, never block.")
+    on_error: Literal["block", "allow"] | None = Field(None, description="What happens to a text it failed to judge.")
+
+
+class GuardPolicy(BaseModel, ABC):
+    """What every guard's table in the config can say. Guards add fields of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["enforce", "shadow"] = Field(
+        "enforce", description="shadow: judge and report, never block, not on error either."
+    )
+    threshold: Threshold | None = Field(
+        None, description="Block at this score and above. Unset: the guard's own advice (0.5 for scored guards)."
+    )
+    on_error: Literal["block", "allow"] = Field(
+        "block", description="What happens to a text that the guard failed to judge: too long, too slow, broken."
+    )
+    stages: frozenset[Stage] | None = Field(
+        None, min_length=1, description="Judge only these stages. Unset: all that the guard is for."
+    )
+    deadline_ms: float = Field(
+        2_000, gt=0, le=600_000, description="Time for one text; beyond it the verdict is error."
+    )
+    deadline_ms_per_kchar: float = Field(
+        5, ge=0, le=10_000, description="Added to the deadline for every 1,000 characters of the text."
+    )
+    tenants: dict[str, TenantPolicy] = Field(
+        default_factory=dict, max_length=4096, description="By tenant name: threshold, mode and on_error of its own."
+    )
+
+    @abstractmethod
+    def build(self) -> Guard:
+        """The guard, ready to judge. Raises `GuardRefused`."""
+
+    def threshold_for(self, tenant: str) -> float | None:
+        own = self.tenants.get(tenant)
+        return self.threshold if own is None or own.threshold is None else own.threshold
+
+    def mode_for(self, tenant: str) -> Literal["enforce", "shadow"]:
+        own = self.tenants.get(tenant)
+        return self.mode if own is None or own.mode is None else own.mode
+
+    def on_error_for(self, tenant: str) -> Literal["block", "allow"]:
+        own = self.tenants.get(tenant)
+        return self.on_error if own is None or own.on_error is None else own.on_error
+
+
+def windows(length: int, size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of overlapping windows of `size`, `step` apart, over `length` characters; the last ends at the end.
+
+    A text of at most `size` is one window; an empty text is one empty window.
+    """
+    start = 0
+    while start + size < length:
+        yield start, start + size
+        start += step
+    yield max(0, length - size), length

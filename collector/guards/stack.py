@@ -1,0 +1,313 @@
+"""Runs the guards on the texts of one request and turns their judgements into verdicts.
+
+Guarantees: every configured guard gives a verdict on every stage it covers, also after the first has blocked; a guard
+that raises, hangs, answers nonsense or can't keep up gives the verdict `error`, and `on_error` decides; no call raises,
+and none takes longer than the sum of the guards' deadlines. No text leaves: a verdict holds the guard's declared label
+words and the class of an error, never its message.
+
+Guards run on threads of the stack's own, since a thread is the only thing in one process that can be left behind when
+a guard hangs. Bounds: `workers` requests at a time, `stuck_max` hung calls a guard; beyond those, errors at once.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import structlog
+
+from collector.event import Decision, GuardResult, Stage
+from collector.guards.config import GuardsConfig
+from collector.guards.protocol import Guard, GuardPolicy, GuardRefused, Judgement
+
+_log = structlog.get_logger(__name__)
+_WORST: Final[dict[Decision, int]] = {"allow": 0, "shadow": 1, "error": 2, "block": 3}
+
+
+class BadJudgement(Exception):
+    """A guard's answer is no judgement: a score that is no number in [0, 1], an undeclared label, a wrong shape."""
+
+
+class _Post(NamedTuple):
+    """A guard and its policy."""
+
+    guard: Guard
+    policy: GuardPolicy
+    stages: frozenset[Stage]
+
+
+class _Task(NamedTuple):
+    """One guard's work on one text."""
+
+    post: _Post
+    stage: Stage
+    text: str
+
+    @property
+    def deadline_s(self) -> float:
+        policy = self.post.policy
+        return (policy.deadline_ms + policy.deadline_ms_per_kchar * len(self.text) / 1000) / 1000
+
+
+class _Outcome(NamedTuple):
+    judgement: Judgement | None
+    error: str
+    latency_ms: float
+
+
+@dataclass(slots=True, repr=False)
+class _Job:
+    """The tasks of one request, done in turn by one worker."""
+
+    tasks: Sequence[_Task]
+    done: "queue.SimpleQueue[_Outcome]" = field(default_factory=queue.SimpleQueue)
+    abandoned: bool = False
+    """Set by the caller when a deadline has passed: the worker ends as soon as the hung guard returns."""
+
+
+class GuardStack:
+    """The guards of one process. Thread-safe; synchronous, so run it in a thread pool from an event loop.
+
+    `guards` replaces the guards built from the config, by name (tests). Raises `GuardRefused` when a guard can't start
+    or fails its self-test.
+    """
+
+    def __init__(
+        self,
+        config: GuardsConfig,
+        *,
+        guards: Mapping[str, Guard] | None = None,
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config = config
+        self._clock_s = clock_s
+        built = {name: (guards or {}).get(name) or config.policy(name).build() for name in config.order}
+        self._posts = tuple(_post(guard, config.policy(name)) for name, guard in built.items())
+        self._lock = threading.Lock()
+        self._idle: list[queue.SimpleQueue[_Job | None]] = []
+        self._slots = threading.Semaphore(config.workers)
+        self._stuck: dict[str, int] = dict.fromkeys(built, 0)
+        self._errors: dict[str, int] = {}
+        self._closed = False
+        for post in self._posts:
+            self._self_test(post)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Guard name to version, in order."""
+        return {post.guard.name: post.guard.version for post in self._posts}
+
+    def errors(self) -> dict[str, int]:
+        """Guard name to the number of texts it failed to judge since the start (for heartbeats)."""
+        with self._lock:
+            return dict(self._errors)
+
+    def judge(self, texts: Sequence[tuple[Stage, str]], *, tenant: str = "") -> list[GuardResult]:
+        """One verdict for each guard and stage present in `texts`, in the guards' order; the worst of several texts.
+
+        At most 16 guards × 4 stages = 64 verdicts, whatever the number of texts. `latency_ms` is the sum over the
+        texts. Never raises.
+        """
+        tasks = [_Task(post, stage, text) for post in self._posts for stage, text in texts if stage in post.stages]
+        verdicts: dict[tuple[str, Stage], GuardResult] = {}
+        for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
+            new = _verdict(task, outcome, tenant)
+            key = (new.guard, new.stage)
+            verdicts[key] = _worse(verdicts[key], new) if key in verdicts else new
+            if new.decision == "error":
+                self._count_error(new)
+        return list(verdicts.values())
+
+    def output(self, text: str, *, tenant: str = "") -> list[GuardResult]:
+        """The verdicts on an answer."""
+        return self.judge([("output", text)], tenant=tenant)
+
+    def blocks(self, results: Iterable[GuardResult], *, tenant: str = "") -> bool:
+        """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""
+        policies = {post.guard.name: post.policy for post in self._posts}
+        for result in results:
+            if result.decision == "block":
+                return True
+            policy = policies.get(result.guard)
+            if result.decision == "error" and (
+                policy is None or (policy.mode_for(tenant) == "enforce" and policy.on_error_for(tenant) == "block")
+            ):
+                return True
+        return False
+
+    def close(self) -> None:
+        """Lets the idle threads end. Requests under way are finished; later ones get a thread for themselves."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for inbox in idle:
+            inbox.put(None)
+
+    def _outcomes(self, tasks: Sequence[_Task]) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
+        while len(outcomes) < len(tasks):
+            refused = self._refuse(tasks[len(outcomes)])
+            if refused is not None:
+                outcomes.append(refused)
+                continue
+            stop = next(
+                (i for i in range(len(outcomes) + 1, len(tasks)) if self._refuse(tasks[i]) is not None), len(tasks)
+            )
+            outcomes += self._run(tasks[len(outcomes) : stop])
+        return outcomes
+
+    def _refuse(self, task: _Task) -> _Outcome | None:
+        """The error of a task that must not run at all."""
+        if len(task.text) > self._config.text_chars_max:
+            return _Outcome(None, "TextTooLong", 0.0)
+        if self._stuck[task.post.guard.name] >= self._config.stuck_max:
+            return _Outcome(None, "Stuck", 0.0)
+        return None
+
+    def _run(self, tasks: Sequence[_Task]) -> list[_Outcome]:
+        """The outcomes of the tasks in turn, up to and including the first that missed its deadline."""
+        if not self._slots.acquire(timeout=tasks[0].deadline_s):
+            return [_Outcome(None, "Overloaded", tasks[0].deadline_s * 1000)]
+        job = _Job(tasks)
+        inbox = self._worker()
+        inbox.put(job)
+        outcomes: list[_Outcome] = []
+        for task in tasks:
+            outcomes.append(self._await(job, task))
+            if job.abandoned:
+                break
+        else:
+            self._release(inbox)
+        self._slots.release()
+        return outcomes
+
+    def _await(self, job: _Job, task: _Task) -> _Outcome:
+        """The outcome of the job's next task; where the deadline passes first, the worker is given up with it."""
+        try:
+            return job.done.get(timeout=task.deadline_s)
+        except queue.Empty:
+            pass
+        with self._lock:  # under the lock a worker puts its outcome either before this look or never
+            try:
+                return job.done.get_nowait()
+            except queue.Empty:
+                job.abandoned = True
+                self._stuck[task.post.guard.name] += 1
+        return _Outcome(None, "DeadlineExceeded", task.deadline_s * 1000)
+
+    def _release(self, inbox: "queue.SimpleQueue[_Job | None]") -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(inbox)
+                return
+        inbox.put(None)
+
+    def _worker(self) -> "queue.SimpleQueue[_Job | None]":
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(inbox,), name="guards", daemon=True).start()
+        return inbox
+
+    def _work(self, inbox: "queue.SimpleQueue[_Job | None]") -> None:
+        """A worker's life: one job after the other, until it is told to end or was given up."""
+        while (job := inbox.get()) is not None:
+            for task in job.tasks:
+                outcome = _attempt(task, self._clock_s)
+                with self._lock:
+                    if job.abandoned:
+                        self._stuck[task.post.guard.name] -= 1
+                        return
+                    job.done.put(outcome)
+            del job, task, outcome  # an idle worker keeps no text alive
+
+    def _count_error(self, result: GuardResult) -> None:
+        with self._lock:
+            self._errors[result.guard] = self._errors.get(result.guard, 0) + 1
+        _log.warning("guard failed", guard=result.guard, stage=result.stage, error=result.error)
+
+    def _self_test(self, post: _Post) -> None:
+        """Raises `GuardRefused` unless the guard answers its probes as it should, a block and a pass at the least."""
+        name, probes = post.guard.name, post.guard.probes
+        if {probe.block for probe in probes} != {True, False}:
+            raise GuardRefused(f"the {name} guard did not start: it has no self-test with a block and a pass")
+        for number, probe in enumerate(probes):
+            outcome = self._outcomes([_Task(post, probe.stage, probe.text)])[0]
+            if outcome.judgement is None:
+                raise GuardRefused(f"the {name} guard did not start: self-test {number} failed with {outcome.error}")
+            if outcome.judgement.block is not probe.block:
+                found = "found nothing in a known attack" if probe.block else "blocked a known harmless text"
+                raise GuardRefused(f"the {name} guard did not start: self-test {number} {found}")
+
+
+def _post(guard: Guard, policy: GuardPolicy) -> _Post:
+    stages = guard.stages if policy.stages is None else policy.stages
+    if not stages <= guard.stages:
+        odd = ", ".join(sorted(stages - guard.stages))
+        raise GuardRefused(f"the {guard.name} guard did not start: it can't judge {odd} (guards.{guard.name}.stages)")
+    return _Post(guard, policy, stages)
+
+
+def _attempt(task: _Task, clock_s: Callable[[], float]) -> _Outcome:
+    """One call of a guard, whatever it does."""
+    start_s = clock_s()
+    try:
+        judgement: Judgement | None = _checked(task.post.guard, task.post.guard.judge(task.text, task.stage))
+        error = ""
+    except BaseException as problem:  # noqa: BLE001 - SystemExit too: whatever a guard raises is its verdict's business
+        judgement, error = None, type(problem).__name__[:64]
+    return _Outcome(judgement, error, max(0.0, (clock_s() - start_s) * 1000))
+
+
+def _checked(guard: Guard, answer: object) -> Judgement:
+    if not isinstance(answer, Judgement) or not isinstance(answer.block, bool):
+        raise BadJudgement
+    if isinstance(answer.score, bool) or not isinstance(answer.score, float | int):
+        raise BadJudgement
+    if not (math.isfinite(answer.score) and 0 <= answer.score <= 1):
+        raise BadJudgement
+    if not isinstance(answer.label, str) or len(answer.label) > 256:
+        raise BadJudgement
+    if answer.label and not set(answer.label.split("+")) <= guard.labels:
+        raise BadJudgement
+    return Judgement(float(answer.score), answer.label, answer.block)
+
+
+def _verdict(task: _Task, outcome: _Outcome, tenant: str) -> GuardResult:
+    guard, policy = task.post.guard, task.post.policy
+    decision: Decision = "error"
+    if outcome.judgement is not None:
+        threshold = policy.threshold_for(tenant)
+        bad = outcome.judgement.block if threshold is None else outcome.judgement.score >= threshold
+        enforced = policy.mode_for(tenant) == "enforce"
+        decision = ("block" if enforced else "shadow") if bad else "allow"
+    return GuardResult(
+        guard=guard.name,
+        version=guard.version,
+        stage=task.stage,
+        decision=decision,
+        score=0.0 if outcome.judgement is None else outcome.judgement.score,
+        label="" if outcome.judgement is None else outcome.judgement.label,
+        latency_ms=outcome.latency_ms,
+        error=outcome.error,
+    )
+
+
+def _worse(first: GuardResult, second: GuardResult) -> GuardResult:
+    """The worse of two verdicts of one guard on one stage, with the time of both."""
+    rank = (_WORST[second.decision], second.score) > (_WORST[first.decision], first.score)
+    kept, other = (second, first) if rank else (first, second)
+    return GuardResult(
+        guard=kept.guard,
+        version=kept.version,
+        stage=kept.stage,
+        decision=kept.decision,
+        score=kept.score,
+        label=kept.label,
+        latency_ms=kept.latency_ms + other.latency_ms,
+        error=kept.error,
+    )
