@@ -66,6 +66,8 @@ class Child:
     ready_path: str = "/readyz"
     url: str = ""
     """Its address where that is known beforehand; otherwise read from the run file."""
+    probe: Callable[[], bool] | None = None
+    """How to tell that it serves, where it has no health address."""
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
 
@@ -93,6 +95,8 @@ class Child:
         if self.process is None or self.process.poll() is not None:
             status = "not started" if self.process is None else f"exit status {self.process.returncode}"
             raise ProcessDied(f"{self.role} ended ({status}): {self._last_words()} The whole log: {self.log_file}")
+        if self.probe is not None:
+            return self.probe()
         return bool(self.address()) and http_ok(self.address() + self.ready_path)
 
     def address(self) -> str:
