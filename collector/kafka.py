@@ -64,8 +64,12 @@ __all__ = [
 
 log = structlog.get_logger(__name__)
 
-RECORD_OVERHEAD_BYTES: Final = 96
-"""At most what the batch header (61 bytes) and one record's varints add to its key and value."""
+RECORD_OVERHEAD_BYTES: Final = 256
+"""More than a batch of one record adds to its key and value: header 61, varints 12, zstd 9 and 3 for each 128 KiB."""
+BATCH_BYTES_MAX: Final = EVENT_BYTES_MAX - 1024
+"""One batch before compression. Every topic takes it, even where zstd makes it larger (a `max.message.bytes` counts
+the compressed batch, and incompressible bytes grow by 15)."""
+REQUEST_BYTES_MAX: Final = 1024 * 1024 - 1024
 
 
 class BrokerAway(ConnectionError):
@@ -223,7 +227,7 @@ def _faults(spec: TopicSpec, partitions: int, configs: Mapping[str, str]) -> lis
 
 
 def make_producer(
-    config: KafkaConfig, *, client_id: str, linger_ms: int = 5, batch_bytes: int = EVENT_BYTES_MAX, **options: Any
+    config: KafkaConfig, *, client_id: str, linger_ms: int = 5, batch_bytes: int = BATCH_BYTES_MAX, **options: Any
 ) -> AIOKafkaProducer:
     """An idempotent producer, acks=all, zstd. `batch_bytes` bounds one batch before compression."""
     settings: dict[str, Any] = {
@@ -233,7 +237,7 @@ def make_producer(
         "compression_type": "zstd",
         "linger_ms": linger_ms,
         "max_batch_size": batch_bytes,
-        "max_request_size": 1024 * 1024,
+        "max_request_size": REQUEST_BYTES_MAX,
     }
     return AIOKafkaProducer(**(client_options(config) | settings | options))
 

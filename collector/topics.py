@@ -108,10 +108,10 @@ class _Row(NamedTuple):
 _TABLE: Final[Mapping[TopicName, _Row]] = {
     "events": _Row({"dev": 4, "prod": 64}, 7, EVENT_BYTES_MAX),
     "rollups": _Row({"dev": 4, "prod": 16}, 3, 1024 * _KIB),
-    "commands": _Row({"dev": 4, "prod": 16}, 400, 64 * _KIB),
+    "commands": _Row({"dev": 4, "prod": 16}, 400, 256 * _KIB),
     "findings": _Row({"dev": 4, "prod": 8}, 90, 1024 * _KIB),
-    "deadletter": _Row({"dev": 1, "prod": 4}, 30, 128 * _KIB),
-    "status": _Row({"dev": 1, "prod": 1}, None, 64 * _KIB),
+    "deadletter": _Row({"dev": 1, "prod": 4}, 30, 256 * _KIB),
+    "status": _Row({"dev": 1, "prod": 1}, None, 256 * _KIB),
 }
 
 
