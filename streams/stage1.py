@@ -1,0 +1,139 @@
+"""Stage 1: events in, rollups out. One engine for each partition of iw.events; rules T4 to T10.
+
+Delivery: every second's rollups reach iw.rollups at least once, with the same bytes each time. Order: per partition of
+iw.rollups, all partials of a second come before the marker that closes it.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, BadEvent, Tick, decode, encode, uuid7
+from collector.kafka import ConsumerRecord, KafkaConfig, ensure_topics, partition_for, wait_for_broker
+from detectors.config import DetectConfig
+from detectors.engine import PartitionEngine
+from detectors.rollup import Marker
+from detectors.rollup import encode as encode_rollup
+from detectors.time import NEVER
+from streams.config import StreamsConfig
+from streams.deadletter import Unusable
+from streams.health import Health, process_id
+from streams.output import Outgoing
+from streams.process import run_until_stopped
+from streams.stage import Stage, StageWorker
+from streams.transport import check_versions
+
+ROLE: Final = "stage1"
+
+
+class EventShard:
+    """A `PartitionEngine` in the worker's terms."""
+
+    def __init__(self, engine: PartitionEngine, rollup_partitions: int) -> None:
+        self._engine, self._rollup_partitions = engine, rollup_partitions
+
+    def observe(self, record: ConsumerRecord) -> None:
+        """Decodes and applies one record of iw.events. Raises Unusable."""
+        raw = record.value
+        if raw is None:
+            raise Unusable("the record has no value")
+        if len(raw) > EVENT_BYTES_MAX:
+            raise Unusable(f"a record of {len(raw)} bytes is over the {EVENT_BYTES_MAX} allowed")
+        try:
+            event = decode(raw)
+        except BadEvent as error:
+            raise Unusable(str(error)) from None
+        try:
+            self._engine.observe(event, append_ms=record.timestamp, offset=record.offset)
+        except Exception as error:  # one poison event must not stop the partition; replays decide alike
+            raise Unusable(f"the detectors failed on it: {type(error).__name__}") from error
+
+    def take(self) -> list[Outgoing]:
+        """Rollups to the partition of their tenant, each marker to every partition."""
+        outgoing = []
+        for rollup in self._engine.take():
+            value = encode_rollup(rollup)
+            if isinstance(rollup, Marker):
+                key = f"{rollup.topic}-{rollup.partition}".encode()
+                outgoing += [Outgoing(key, value, partition) for partition in range(self._rollup_partitions)]
+            else:
+                key = rollup.tenant.encode()
+                outgoing.append(Outgoing(key, value, partition_for(key, self._rollup_partitions)))
+        return outgoing
+
+    def snapshot(self) -> bytes:
+        """The engine's."""
+        return self._engine.snapshot()
+
+    def restore(self, raw: bytes) -> None:
+        """The engine's; raises `BadSnapshot`."""
+        self._engine.restore(raw)
+
+    def watermark_us(self) -> int | None:
+        """W of the partition (T6)."""
+        watermark = self._engine.watermark_us
+        return None if watermark == NEVER else watermark
+
+    def counters(self) -> Mapping[str, int]:
+        """The engine's."""
+        return self._engine.counters
+
+
+class Ticker:
+    """Makes the records that an idle partition's owner appends."""
+
+    def __init__(self, writer: str) -> None:
+        self._writer, self._boot, self._seq = writer, uuid7(), -1
+
+    def __call__(self, partition: int) -> Outgoing:
+        """The next tick, for `partition`."""
+        self._seq += 1
+        tick = Tick(
+            schema_version=SCHEMA_VERSION,
+            event_id=uuid7(),
+            timestamp=datetime.now(UTC),
+            collector_id=self._writer,
+            boot=self._boot,
+            seq=self._seq,
+        )
+        return Outgoing(b"tick", encode(tick), partition)
+
+
+def stage1(kafka: KafkaConfig, detect: DetectConfig, events: int, rollups: int) -> Stage:
+    """The stage over `events` partitions of iw.events and `rollups` of iw.rollups."""
+    topic = kafka.topic("events")
+
+    def make_shard(partition: int) -> EventShard:
+        return EventShard(PartitionEngine(detect, topic=topic, partition=partition, partitions=events), rollups)
+
+    return Stage(ROLE, topic, events, kafka.topic("rollups"), make_shard, Ticker(process_id(ROLE)))
+
+
+def run_stage1(
+    kafka: KafkaConfig,
+    detect: DetectConfig,
+    streams: StreamsConfig,
+    *,
+    data_dir: Path,
+    config_digest: str = "",
+    on_serving: Callable[[str], None] | None = None,
+) -> None:
+    """Runs one worker of stage 1 until SIGTERM or SIGINT; `on_serving` is given the address of its health pages.
+
+    Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed or OSError, each with one sentence.
+    """
+
+    async def main(stop: asyncio.Event) -> None:
+        check_versions()
+        await wait_for_broker(kafka, streams.broker_timeout_s)
+        counts = await ensure_topics(kafka)
+        stage = stage1(kafka, detect, counts[kafka.topic("events")], counts[kafka.topic("rollups")])
+        worker = StageWorker(stage, kafka, streams, data_dir)
+        async with Health(ROLE, kafka, streams, worker.reading, config_digest=config_digest) as health:
+            if on_serving is not None:
+                on_serving(health.url)
+            await worker.run(stop)
+
+    run_until_stopped(main)
