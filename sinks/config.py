@@ -65,6 +65,7 @@ class DeliveryConfig(_Settings):
     attempts_max: int = Field(0, ge=0, le=1_000_000, description="Attempts before the dead letter; 0 is no limit.")
     age_max_s: float = Field(86_400.0, gt=0, le=864_000, description="Time from the first attempt to the dead letter.")
     retry_after_max_s: float = Field(600.0, gt=0, le=86_400, description="A longer Retry-After is cut to this.")
+    send_timeout_s: float = Field(150.0, gt=0, le=3600, description="An attempt that hangs is given up after this.")
     remembered_max: int = Field(100_000, ge=1, le=10_000_000, description="Findings whose last revision is remembered.")
 
 
