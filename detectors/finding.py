@@ -12,6 +12,7 @@ from msgspec import Struct
 
 FINDING_SCHEMA_VERSION: Final = "1.0"
 EVENT_IDS_MAX: Final = 5
+CONTRIBUTORS_MAX: Final = 5
 
 Severity = Literal["info", "low", "medium", "high", "critical"]
 Confidence = Literal["low", "medium", "high"]
@@ -44,6 +45,14 @@ class OffsetRange(Struct, frozen=True, kw_only=True):
     partition: int
     first: int
     last: int
+
+
+class Contributor(Struct, frozen=True, kw_only=True):
+    """Who drove it, largest first."""
+
+    entity: Entity
+    amount: int
+    unit: str
 
 
 class Evidence(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -79,6 +88,8 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
     summary: str
     """One line of plain reason, for a person at three in the morning."""
     evidence: Evidence
+    contributors: list[Contributor] = []
+    """At most five."""
     atlas: list[str] = []
     """MITRE ATLAS technique ids, `AML.T0051.000`."""
     owasp: list[str] = []

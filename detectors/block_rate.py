@@ -1,0 +1,352 @@
+"""block_rate: a guard blocks more than it used to, per tenant x model x guard.
+
+Method. Two streams of trials, each watched by a bank of one-sided Bernoulli CUSUMs for shifts of 2, 3 and 6 times
+(E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954; M. R. Reynolds and Z. G. Stoumbos, "A CUSUM chart for
+monitoring a proportion when inspecting continuously", J. Quality Technology 31, 1999):
+  - *fresh*, for spikes by many users: a user does not count for an hour after a block, so that a retried prompt or a
+    re-sent conversation is one trial. Without this the independence that a CUSUM assumes is off by a factor of twenty.
+  - *distinct*, for spikes by few users: a block counts when its prompt is new, at most eight a user and day.
+Threshold: a CUSUM starts an excursion at each counted block and reaches h with a chance of at most exp(-h), so
+h = ln(rate x requests a week x CUSUMs / false alarms a week). A spike of which one user made more than two thirds is
+left to the probing detector. Trials of one second are added at once: their order is not kept over partitions.
+
+Cold start. First hour: compares with an assumed rate (2 %), so a tenant whose honest rate is 8 % is told of it. First
+day: the rate is learned, its daily swing is not. First week: no weekly swing. The baseline takes counts ten minutes
+late, and none of a suspicious minute, so an attack does not teach it.
+
+Memory: stage 1, about 400 bytes a user with a block within a day, plus 350 a remembered prompt (at most eight);
+stage 2, about 8 KB a key.
+"""
+
+import math
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from collector.event import AuditEvent
+from detectors.config import DetectConfig
+from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, contributors
+from detectors.entities import EntityTable
+from detectors.finding import CONTRIBUTORS_MAX, Entity, Severity, Statistic
+from detectors.prompts import Prompt, prompt_of, seen_before
+from detectors.rollup import Cell, Sample, earliest, first, merge_offsets
+from detectors.time import SECOND_US, Taken
+
+NAME: Final = "block_rate"
+STREAMS: Final = ("fresh", "distinct")
+WEEK_S: Final = 7 * 86_400
+REQUESTS_A_WEEK_MIN: Final = 10_000.0
+RECENT_MAX: Final = 128
+USERS_TOLD_MAX: Final = 256
+MANY_USERS: Final = 0.45
+"""Effective users per counted block from which a spike is by many; .45 was right in nine of ten simulated spikes."""
+
+
+class Blocked(Struct):
+    """A user whom a guard has blocked."""
+
+    last_us: int
+    prompts: list[Prompt]
+
+
+class BlockRateOne(StageOne):
+    """Thins out a user's repeated blocks. That needs only the user's own past, which is all in this partition."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config.block_rate
+        span_s = max(self._config.fresh_s, self._config.distinct_s)
+        self._users: EntityTable[Blocked] = EntityTable(self._config.users_max, span_s * SECOND_US)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._users.counters | {"users": len(self._users)}
+
+    def event(self, taken: Taken, cells: Cells) -> None:
+        event = taken.event
+        verdicts: dict[str, bool] = {}
+        for result in event.guardrail_results:
+            if result.decision != "error":
+                verdicts[result.guard] = verdicts.get(result.guard, False) or result.decision == "block"
+        for guard, blocked in verdicts.items():
+            key = f"{event.model_version}\n{guard}"
+            cell = cells.cell(event.tenant, NAME, key, taken.offset)
+            self._trial(taken, event, key, cell, blocked=blocked)
+
+    def _trial(self, taken: Taken, event: AuditEvent, key: str, cell: Cell, *, blocked: bool) -> None:
+        user = actor(event)
+        name = f"{event.tenant}\n{key}\n{user}"
+        past = self._users.get(name)
+        counts = cell.counts
+        counts["requests"] = counts.get("requests", 0) + 1
+        fresh = past is None or taken.moment_us - past.last_us >= self._config.fresh_s * SECOND_US
+        if fresh:
+            counts["fresh_trials"] = counts.get("fresh_trials", 0) + 1
+        if not blocked:
+            counts["distinct_trials"] = counts.get("distinct_trials", 0) + 1
+            return
+        cell.count("blocks")
+        if fresh:
+            cell.count("fresh_blocks")
+        cell.weigh("blocked", user, 1)
+        cell.samples.append((taken.moment_us, event.event_id))
+        if past is None or taken.moment_us - past.last_us > self._config.distinct_s * SECOND_US:
+            past = Blocked(taken.moment_us, [])
+        prompt = prompt_of(event)
+        if len(past.prompts) < self._config.distinct_max and not seen_before(
+            prompt, past.prompts, self._config.same_prompt
+        ):
+            past.prompts.append(prompt)
+            cell.count("distinct_trials")
+            cell.count("distinct_blocks")
+            cell.weigh("counted", user, 1)
+        past.last_us = taken.moment_us
+        self._users.put(name, taken.moment_us, past, evident=True)
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode(self._users.dump())
+
+    def restore(self, raw: bytes) -> None:
+        self._users.load(_users_decoder.decode(raw))
+
+
+class Chart(Struct):
+    """One CUSUM."""
+
+    stream: str
+    ratio: float
+    sum: float = 0.0
+    start_s: int = 0
+    requests: int = 0
+    """Seen since the sum was last zero."""
+
+
+class Minute(Struct):
+    """Counts that wait until they are old enough for the baseline: requests and blocks of all, fresh, distinct."""
+
+    minute: int
+    counts: dict[str, int]
+    suspicious: bool = False
+
+
+class Blocks(Struct):
+    """A second with blocks, kept for the explanation."""
+
+    second: int
+    blocks: int
+    blocked: dict[str, int]
+    counted: dict[str, int]
+    samples: list[Sample]
+    offsets: dict[int, tuple[int, int]]
+
+
+class KeyState(Struct):
+    """What stage 2 knows of one tenant x model x guard."""
+
+    first_s: int
+    charts: list[Chart]
+    requests: int = 0
+    settled: dict[str, float] = {}
+    settled_minute: int = 0
+    waiting: list[Minute] = []
+    recent: list[Blocks] = []
+
+
+class BlockRateTwo(StageTwo):
+    """The charts, on merged seconds."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config.block_rate
+        self._keys: dict[str, KeyState] = {}
+        self._refused_keys = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {"keys": len(self._keys), "refused_keys": self._refused_keys}
+
+    def second(self, second: int, cells: list[tuple[str, str, Cell]]) -> list[Alarm]:
+        alarms = []
+        for tenant, key, cell in cells:
+            state = self._state(f"{tenant}\n{key}", second)
+            if state is not None:
+                alarm = self._step(state, second, tenant, key, cell)
+                alarms += [alarm] if alarm is not None else []
+        return alarms
+
+    def _state(self, name: str, second: int) -> KeyState | None:
+        state = self._keys.get(name)
+        if state is None:
+            if len(self._keys) >= self._config.keys_max:
+                self._refused_keys += 1
+                return None
+            charts = [Chart(stream, ratio) for stream in STREAMS for ratio in self._config.ratios]
+            state = self._keys[name] = KeyState(first_s=second, charts=charts)
+        return state
+
+    def _step(self, state: KeyState, second: int, tenant: str, key: str, cell: Cell) -> Alarm | None:
+        counts = cell.counts
+        self._settle(state, second)
+        state.requests += counts["requests"]
+        if counts.get("blocks"):
+            blocked, counted = cell.weights["blocked"], cell.weights.get("counted", {})
+            state.recent.append(Blocks(second, counts["blocks"], blocked, counted, cell.samples, cell.offsets))
+            del state.recent[:-RECENT_MAX]
+        worst: tuple[float, Chart] | None = None
+        suspicious = False
+        for chart in state.charts:
+            threshold = self._threshold(state, chart.stream, second)
+            self._add(state, chart, second, counts, threshold)
+            suspicious = suspicious or chart.sum >= threshold / 2
+            crossed = chart.sum >= threshold and counts.get(f"{chart.stream}_blocks", 0) > 0
+            if crossed and (worst is None or chart.sum / threshold > worst[0]) and self._shared(state, chart):
+                worst = chart.sum / threshold, chart
+        self._wait(state, second, counts, suspicious=suspicious)
+        return None if worst is None else self._alarm(state, worst[1], second, tenant, key)
+
+    def _add(self, state: KeyState, chart: Chart, second: int, counts: dict[str, int], threshold: float) -> None:
+        trials, blocks = counts.get(f"{chart.stream}_trials", 0), counts.get(f"{chart.stream}_blocks", 0)
+        if chart.sum <= 0:
+            chart.start_s, chart.requests = second, 0
+        chart.requests += counts["requests"]
+        rate = self._rate(state, chart.stream)
+        shifted = min(chart.ratio * rate, 0.9)
+        gain = blocks * math.log(shifted / rate) + (trials - blocks) * math.log((1 - shifted) / (1 - rate))
+        chart.sum = min(max(0.0, chart.sum + gain), 1.5 * threshold)
+
+    def _rate(self, state: KeyState, stream: str) -> float:
+        """The usual rate: settled counts, shrunk to the assumed one."""
+        blocks = state.settled.get(f"{stream}_blocks", 0.0) + self._config.prior_blocks
+        trials = state.settled.get(f"{stream}_trials", 0.0) + self._config.prior_blocks / self._config.prior_rate
+        return min(max(blocks / trials, 1e-5), 0.5)
+
+    def _threshold(self, state: KeyState, stream: str, second: int) -> float:
+        a_week = max(state.requests / max(second - state.first_s + 1, 60) * WEEK_S, REQUESTS_A_WEEK_MIN)
+        charts = len(STREAMS) * len(self._config.ratios)
+        return max(math.log(self._rate(state, stream) * a_week * charts / self._config.budget_per_week), 3.0)
+
+    def _shared(self, state: KeyState, chart: Chart) -> bool:
+        """Whether the spike is more than one user's."""
+        counted = _since(state.recent, chart.start_s, "counted")
+        return max(counted.values(), default=0) <= self._config.top_user_share_max * sum(counted.values())
+
+    def _wait(self, state: KeyState, second: int, counts: dict[str, int], *, suspicious: bool) -> None:
+        minute = second // 60
+        if not state.waiting or state.waiting[-1].minute != minute:
+            state.waiting.append(Minute(minute, {}))
+        waiting = state.waiting[-1]
+        waiting.suspicious = waiting.suspicious or suspicious
+        for name, count in counts.items():
+            waiting.counts[name] = waiting.counts.get(name, 0) + count
+
+    def _settle(self, state: KeyState, second: int) -> None:
+        """Minutes that are old enough enter the baseline, unless something was going on in them."""
+        while state.waiting and (state.waiting[0].minute + 1) * 60 <= second - self._config.settle_s:
+            waiting = state.waiting.pop(0)
+            if waiting.suspicious:
+                continue
+            age_s = (waiting.minute - state.settled_minute) * 60 if state.settled else 0
+            fade = 0.5 ** (age_s / self._config.half_life_s)
+            state.settled_minute = waiting.minute
+            state.settled = {name: value * fade for name, value in state.settled.items()}
+            for name, count in waiting.counts.items():
+                state.settled[name] = state.settled.get(name, 0.0) + count
+
+    def _alarm(self, state: KeyState, chart: Chart, second: int, tenant: str, key: str) -> Alarm:
+        model, _, guard = key.partition("\n")
+        recent = [blocks for blocks in state.recent if blocks.second >= chart.start_s]
+        blocked = _since(recent, chart.start_s, "blocked")
+        blocks = sum(seen.blocks for seen in recent)
+        usual = self._rate(state, chart.stream)
+        observed = blocks / max(chart.requests, blocks)
+        many = _effective(_since(recent, chart.start_s, "counted")) >= MANY_USERS
+        span_s = second - chart.start_s + 1
+        offsets: dict[int, tuple[int, int]] = {}
+        for seen in recent:
+            merge_offsets(offsets, seen.offsets)
+        samples = earliest(sample for seen in recent for sample in seen.samples)
+        threshold = self._threshold(state, chart.stream, second)
+        cold = state.settled.get("requests", 0.0) < self._config.prior_blocks / self._config.prior_rate
+        severity: Severity = "high" if many and blocks >= 20 else "medium"
+        users = f"{len(blocked)} users" if len(blocked) != 1 else "1 user"
+        return Alarm(
+            tenant=tenant,
+            entity=Entity(kind="model", id=f"{model}/{guard}"),
+            model=model,
+            at_us=(second + 1) * SECOND_US,
+            first_seen_us=samples[0][0],
+            last_seen_us=(second + 1) * SECOND_US,
+            severity=severity,
+            confidence="medium" if cold else "high",
+            statistic=Statistic(
+                name=f"CUSUM of {chart.stream} blocks, {chart.ratio:g} times",
+                observed=round(chart.sum, 3),
+                baseline=0.0,
+                threshold=round(threshold, 3),
+                unit="nats",
+                improbability=round(chart.sum / math.log(10), 2),
+            ),
+            counts={
+                "requests": chart.requests,
+                "blocks": blocks,
+                "users": len(blocked),
+                "usual_ppm": round(usual * 1e6),
+            },
+            summary=(
+                f"Guard {guard} blocked {blocks} of {chart.requests} requests in {span_s} s,"
+                f" {observed / usual:.1f} times the {'assumed' if cold else 'usual'} {100 * usual:.1f} %,"
+                f" by {users} ({'many' if many else 'few'} users)"
+            ),
+            offsets=offsets,
+            samples=samples,
+            contributors=contributors(blocked, "blocked requests", CONTRIBUTORS_MAX),
+            cold_start="Fewer than 1,000 settled requests: compared with an assumed block rate." if cold else "",
+        )
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode((self._keys, self._refused_keys))
+
+    def restore(self, raw: bytes) -> None:
+        self._keys, self._refused_keys = _keys_decoder.decode(raw)
+
+
+def _since(recent: list[Blocks], start_s: int, name: str) -> dict[str, int]:
+    """Blocks by user since a second; of many users the largest are kept."""
+    total: dict[str, int] = {}
+    for seen in recent:
+        if seen.second >= start_s:
+            for user, weight in (seen.counted if name == "counted" else seen.blocked).items():
+                total[user] = total.get(user, 0) + weight
+    return first(total, USERS_TOLD_MAX)
+
+
+def _effective(counted: dict[str, int]) -> float:
+    """Effective users (the exponential of the entropy) per counted block; 1 where every block is another user's."""
+    blocks = sum(counted.values())
+    if not blocks:
+        return 1.0
+    entropy = -sum(n / blocks * math.log(n / blocks) for _, n in sorted(counted.items()))
+    return math.exp(entropy) / blocks
+
+
+_encoder = msgspec.msgpack.Encoder()
+_Dump = tuple[list[tuple[str, int, Blocked]], list[tuple[str, int, Blocked]], dict[str, int]]
+_users_decoder = msgspec.msgpack.Decoder(_Dump)
+_keys_decoder = msgspec.msgpack.Decoder(tuple[dict[str, KeyState], int])
+
+DETECTOR: Final = Detector(
+    card=Card(
+        name=NAME,
+        version="1",
+        atlas=["AML.T0051.000", "AML.T0054"],
+        owasp=["LLM01"],
+        runbook=[
+            "Did the guard, the model, an adapter or a template change just before? If so, suspect the rollout.",
+            "Open the sample events: one family of prompts (an attack passed around), or a guard that turned strict?",
+            "Do the named users share an address or an API key? Were any of their other requests answered?",
+        ],
+        lookback_s=3_600,
+    ),
+    enabled=lambda config: config.block_rate.enabled,
+    stage_one=BlockRateOne,
+    stage_two=BlockRateTwo,
+)

@@ -1,0 +1,20 @@
+"""All detectors, in order of name. A new one is added here and nowhere else."""
+
+from detectors import block_rate, coverage
+from detectors.config import DetectConfig
+from detectors.detector import Card, Detector
+
+
+def detectors() -> tuple[Detector, ...]:
+    """Every detector there is."""
+    return (block_rate.DETECTOR, coverage.DETECTOR)
+
+
+def enabled(config: DetectConfig) -> list[Detector]:
+    """Those that the config has switched on."""
+    return [detector for detector in detectors() if config.enabled and detector.enabled(config)]
+
+
+def cards() -> dict[str, Card]:
+    """Name to card, of all."""
+    return {detector.card.name: detector.card for detector in detectors()}

@@ -1,0 +1,177 @@
+"""The `[detect]` part of inferwatch.toml: time rules, lifecycle, limits, and one sub-table a detector.
+
+`digest` is the fingerprint that every finding carries: the settings and the detectors' versions that decided it.
+"""
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TimeConfig(_Table):
+    """The rules T4-T8. Change them only on all readers of a topic at once: they decide which second an event is in."""
+
+    gap_max_ms: int = Field(5_000, ge=100, le=60_000, description="Most that one record adds to a partition's clock.")
+    silence_max_ms: int = Field(
+        60_000, ge=1_000, description="A lane that is silent for longer is dead until it speaks."
+    )
+    ahead_max_ms: int = Field(
+        60_000, ge=1_000, description="A timestamp further ahead of its append time is quarantined."
+    )
+    tick_lag_ms: int = Field(5_000, ge=0, description="With no live lane the watermark is the last tick less this.")
+    collectors: tuple[str, ...] = Field((), description="Collectors that count. Empty: every collector with a hello.")
+    lanes_max: int = Field(
+        4_096, ge=1, description="Lanes remembered a partition. Dead ones go first; then new ones are quarantined."
+    )
+    pending_events_max: int = Field(
+        500_000,
+        ge=100,
+        description="Events waiting for their second a partition; then the oldest second is closed early, and counted.",
+    )
+
+
+class LifecycleConfig(_Table):
+    """How episodes open, are updated and close."""
+
+    quiet_s: int = Field(300, ge=1, description="An episode closes after this long without new evidence.")
+    update_s: int = Field(
+        60, ge=1, description="Least time between two revisions of one episode, unless its severity rises."
+    )
+    episodes_max: int = Field(
+        10_000, ge=1, description="Open episodes an engine; then the longest quiet one closes early."
+    )
+    offset_ranges_max: int = Field(64, ge=1, le=1_024, description="Offset ranges in one finding.")
+
+
+class BlockRateConfig(_Table):
+    """Block-rate spikes, tenant x model x guard."""
+
+    enabled: bool = True
+    ratios: tuple[float, ...] = Field(
+        (2.0, 3.0, 6.0),
+        min_length=1,
+        max_length=8,
+        description="Shifts of the block rate that are looked for, as factors.",
+    )
+    prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed before a key has a history.")
+    prior_blocks: float = Field(20.0, gt=0, description="Weight of that assumption, in blocks.")
+    budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and key that the thresholds aim at.")
+    fresh_s: int = Field(
+        3_600, ge=1, description="A user is left out of the many-users stream this long after a block."
+    )
+    distinct_s: int = Field(
+        86_400, ge=1, description="How long a blocked prompt is remembered for the few-users stream."
+    )
+    distinct_max: int = Field(8, ge=1, le=32, description="Blocked prompts counted a user within that time.")
+    same_prompt: float = Field(
+        0.95, gt=0, le=1, description="Estimated Jaccard similarity from which two prompts are one."
+    )
+    settle_s: int = Field(
+        600, ge=1, description="Age from which counts enter the baseline, so that an attack does not teach it."
+    )
+    half_life_s: int = Field(7 * 86_400, ge=60, description="Half-life of the baseline's memory.")
+    top_user_share_max: float = Field(
+        0.67, gt=0, le=1, description="A spike with a larger share from one user is left to the probing detector."
+    )
+    users_max: int = Field(100_000, ge=1, description="Blocked users remembered a partition.")
+    keys_max: int = Field(4_096, ge=1, description="Tenant x model x guard keys an engine.")
+
+
+class LatencyConfig(_Table):
+    """Latency anomalies, tenant x model, standardised by prompt size and answer length."""
+
+    enabled: bool = True
+    window_s: int = Field(60, ge=5, le=3_600, description="Shortest window compared with the baseline.")
+    min_calls: int = Field(60, ge=10, description="A window with fewer calls grows backwards, up to twelve windows.")
+    ratio_min: float = Field(2.0, gt=1, description="Growth of the median (or of the 95th percentile) that matters.")
+    increase_min_ms: float = Field(20.0, ge=0, description="Growth of the median in ms that matters.")
+    spread_factor: float = Field(
+        4.0, ge=0, description="Growth must also exceed this many robust standard deviations of past windows."
+    )
+    tail_calls: int = Field(120, ge=20, description="Calls a window needs before its 95th percentile is judged.")
+    budget_per_week: float = Field(
+        0.5, gt=0, description="False alarms a week and key that the significance level aims at."
+    )
+    design_effect: float = Field(
+        2.0, ge=1, description="How many calls weigh as one, since calls in one window share the load."
+    )
+    adopt_s: int = Field(86_400, ge=60, description="A level that lasted this long becomes the new normal.")
+    keys_max: int = Field(1_024, ge=1, description="Tenant x model keys an engine.")
+
+
+class ProbingConfig(_Table):
+    """Sessions and users that try variations until one passes."""
+
+    enabled: bool = True
+    prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed of an unknown client.")
+    prior_prompts: float = Field(50.0, gt=0, description="Weight of that assumption, in prompts.")
+    attack_rate: float = Field(0.25, gt=0, lt=1, description="Block rate of a client that probes, at least.")
+    half_life_s: int = Field(86_400, ge=60, description="Half-life of the evidence.")
+    threshold: float = Field(
+        13.3, gt=0, description="Evidence in nats: 13.3 flags 0.01 % of benign sessions, 6.3 flags 0.1 %."
+    )
+    same_prompt: float = Field(
+        0.95, gt=0, le=1, description="Estimated Jaccard similarity from which two prompts are one."
+    )
+    prompts_max: int = Field(16, ge=1, le=64, description="Recent prompts remembered an entity with evidence.")
+    entities_max: int = Field(200_000, ge=2, description="Users and sessions remembered a partition.")
+    idle_s: int = Field(30 * 86_400, ge=60, description="A user or session unseen for longer is forgotten.")
+
+
+class TokenLengthConfig(_Table):
+    """Completions longer than their kind has been so far."""
+
+    enabled: bool = True
+    baseline_calls_min: int = Field(100, ge=20, description="Completions of a model before any is judged.")
+    settle_s: int = Field(60, ge=1, description="Age from which completions enter the baseline.")
+    shrink_calls: int = Field(
+        50, ge=1, description="Weight of the model's whole distribution in that of one prompt x limit bucket."
+    )
+    tail_share: float = Field(
+        0.1, gt=0, lt=0.5, description="Upper share of the distribution to which the tail is fitted."
+    )
+    drift: float = Field(
+        1.5, gt=1, description="Subtracted from -ln p of each completion; a usual one has 1 on average."
+    )
+    gain_max: float = Field(10.0, gt=0, description="Most that one completion adds to the evidence.")
+    half_life_s: int = Field(3_600, ge=60, description="Half-life of a user's evidence.")
+    budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and tenant that the threshold aims at.")
+    candidates_max: int = Field(
+        32, ge=4, le=1_024, description="Longest completions a second and bucket that are judged."
+    )
+    users_max: int = Field(50_000, ge=1, description="Users with evidence an engine.")
+    keys_max: int = Field(4_096, ge=1, description="Buckets (tenant x model x prompt size x limit) an engine.")
+
+
+class DetectConfig(_Table):
+    """`[detect]`."""
+
+    enabled: bool = True
+    platform_tenant: str = Field(
+        "platform", min_length=1, max_length=64, description="Tenant of findings about the pipeline itself."
+    )
+    contributors_max: int = Field(32, ge=4, le=1_024, description="Users told apart a second, key and measure.")
+    pending_rollups_max: int = Field(
+        500_000,
+        ge=100,
+        description="Rollups waiting for their second in stage 2; then the oldest second is closed early, and counted.",
+    )
+    time: TimeConfig = TimeConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    block_rate: BlockRateConfig = BlockRateConfig()
+    latency: LatencyConfig = LatencyConfig()
+    probing: ProbingConfig = ProbingConfig()
+    token_length: TokenLengthConfig = TokenLengthConfig()
+
+
+def config_digest(config: DetectConfig, versions: dict[str, str]) -> str:
+    """16 hex digits over every setting and every detector's version; equal settings give equal digests."""
+    digest = hashlib.blake2b(digest_size=8, person=b"iw-detect")
+    digest.update(config.model_dump_json().encode())
+    for name in sorted(versions):
+        digest.update(f"\n{name}={versions[name]}".encode())
+    return digest.hexdigest()

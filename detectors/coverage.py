@@ -1,0 +1,150 @@
+"""coverage: what the audit itself missed. Holes in a lane's `seq`, late events, quarantined records.
+
+Not a statistic: each is a fact, so there is no cold start and no threshold. One finding per lane and problem (T7). A
+lane is (collector, boot, partition), so these findings follow the partitions, as the lanes do.
+
+Memory: one entry per lane and problem and closing, at most `LANES_TOLD_MAX`; beyond that the rest is told under one
+entry "(other lanes)", so a flood of made-up collector names can't grow it.
+"""
+
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from detectors.config import DetectConfig
+from detectors.detector import Alarm, Card, Detector, StageTwo
+from detectors.finding import Entity, Severity, Statistic
+from detectors.rollup import Sample, Signal, earliest
+from detectors.time import SECOND_US, Trouble
+
+NAME: Final = "coverage"
+LANES_TOLD_MAX: Final = 256
+OTHER_LANES: Final = "(other lanes)"
+
+SEVERITIES: Final[dict[str, Severity]] = {"hole": "high", "late": "low", "quarantined": "medium"}
+
+
+class Told(Struct):
+    """What one lane did since the last closing."""
+
+    collector_id: str
+    records: int = 0
+    first_us: int = 0
+    last_us: int = 0
+    first_offset: int = 0
+    last_offset: int = 0
+    samples: list[Sample] = []
+
+
+class CoverageOne:
+    """Gathers the clock's troubles of one partition and tells them when a second closes."""
+
+    def __init__(self, config: DetectConfig, partition: int) -> None:
+        self._tenant = config.platform_tenant
+        self._partition = partition
+        self._told: dict[str, Told] = {}
+        self.counters: dict[str, int] = {"lost_records": 0, "unnamed_lanes": 0}
+
+    def trouble(self, trouble: Trouble) -> None:
+        """One hole, late or quarantined record."""
+        key = f"{trouble.collector_id}/{trouble.boot}/{self._partition}#{trouble.problem}"
+        if key not in self._told and len(self._told) >= LANES_TOLD_MAX:
+            self.counters["unnamed_lanes"] += 1
+            key = f"{OTHER_LANES}/{self._partition}#{trouble.problem}"
+        told = self._told.get(key)
+        if told is None:
+            told = self._told[key] = Told(trouble.collector_id, first_us=trouble.moment_us, first_offset=trouble.offset)
+        told.records += trouble.lost
+        told.first_us = min(told.first_us, trouble.moment_us)
+        told.last_us = max(told.last_us, trouble.moment_us)
+        told.last_offset = trouble.offset
+        told.samples = earliest([*told.samples, (trouble.moment_us, trouble.event_id)])
+        if trouble.problem == "hole":
+            self.counters["lost_records"] += trouble.lost
+
+    def close(self, second: int) -> list[Signal]:
+        """Tells it all under the second that has just closed."""
+        signals = [
+            Signal(
+                partition=self._partition,
+                second=second,
+                tenant=self._tenant,
+                kind=NAME,
+                key=key,
+                entity=Entity(kind="collector", id=key),
+                model="",
+                first_seen_us=told.first_us,
+                last_seen_us=told.last_us,
+                observed_milli=told.records * 1_000,
+                baseline_milli=0,
+                counts={"records": told.records},
+                samples=told.samples,
+                first_offset=told.first_offset,
+                last_offset=told.last_offset,
+            )
+            for key, told in sorted(self._told.items())
+        ]
+        self._told = {}
+        return signals
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode((self._told, self.counters))
+
+    def restore(self, raw: bytes) -> None:
+        self._told, self.counters = _decoder.decode(raw)
+
+
+class CoverageTwo(StageTwo):
+    """Makes an alarm of each signal."""
+
+    def signal(self, signal: Signal) -> list[Alarm]:
+        """An episode starts when its second closed, not at a timestamp that may be hours off."""
+        lane, _, problem = signal.entity.id.rpartition("#")
+        records = signal.counts["records"]
+        at_us = (signal.second + 1) * SECOND_US
+        return [
+            Alarm(
+                tenant=signal.tenant,
+                entity=signal.entity,
+                model="",
+                at_us=at_us,
+                first_seen_us=at_us,
+                last_seen_us=at_us,
+                severity=SEVERITIES[problem],
+                confidence="high",
+                statistic=Statistic(name=problem, observed=float(records), baseline=0.0, threshold=0.0, unit="records"),
+                counts=signal.counts,
+                summary=SUMMARIES[problem].format(lane=lane, records=records),
+                offsets={signal.partition: (signal.first_offset, signal.last_offset)},
+                samples=signal.samples,
+            )
+        ]
+
+
+SUMMARIES: Final[dict[str, str]] = {
+    "hole": "{records} records of lane {lane} are missing: the audit has a gap",
+    "late": "{records} events of lane {lane} came after their second was judged; the replay judges them too",
+    "quarantined": "{records} records of lane {lane} were set apart: clock too far ahead, or collector not expected",
+}
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[dict[str, Told], dict[str, int]])
+
+DETECTOR: Final = Detector(
+    card=Card(
+        name=NAME,
+        version="1",
+        atlas=[],
+        owasp=[],
+        runbook=[
+            "Is the collector alive, and does its journal still hold what is missing? `inferwatch status` names it.",
+            "Compare its clock with the broker's; was a machine suspended or its time set?",
+            "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
+        ],
+        lookback_s=0,
+    ),
+    enabled=lambda config: config.enabled,
+    stage_one=None,
+    stage_two=lambda _: CoverageTwo(),
+)

@@ -1,0 +1,160 @@
+"""What a detector is: a card that says what it means, a half for stage 1 and a half for stage 2.
+
+Stage 1 runs once per partition of iw.events and sees events in the order (timestamp, event_id); what it says about a
+whole tenant it says in `Cells`, which add over partitions. A user's events are all in one partition, so what concerns
+one user may be decided there, as a `Signal`. Stage 2 sees merged seconds and raises `Alarm`s; `lifecycle.py` makes
+findings of them. Neither half reads a clock, draws randomness or does I/O.
+
+A new detector is one file with a `Detector` in it, a line in `catalogue.py`, and one test file.
+"""
+
+from collections.abc import Callable, Iterable
+
+from msgspec import Struct
+
+from collector.event import AuditEvent
+from detectors.config import DetectConfig
+from detectors.finding import Confidence, Contributor, Entity, Severity, Statistic
+from detectors.rollup import Cell, Sample, Signal
+from detectors.time import Taken
+
+
+class Alarm(Struct, frozen=True, kw_only=True):
+    """A detector's word that an entity is out of the ordinary now. Repeated while it lasts."""
+
+    tenant: str
+    entity: Entity
+    model: str
+    at_us: int
+    """When it was decided, in event time: the end of a second."""
+    first_seen_us: int
+    last_seen_us: int
+    severity: Severity
+    confidence: Confidence
+    statistic: Statistic
+    counts: dict[str, int]
+    summary: str
+    offsets: dict[int, tuple[int, int]]
+    """Partition to first and last offset."""
+    samples: list[Sample]
+    contributors: list[Contributor] = []
+    cold_start: str = ""
+
+
+class Cells:
+    """The open second's sums of one partition, by (tenant, detector, key)."""
+
+    __slots__ = ("_cells", "partition")
+
+    def __init__(self, partition: int) -> None:
+        self.partition = partition
+        self._cells: dict[tuple[str, str, str], Cell] = {}
+
+    def cell(self, tenant: str, kind: str, key: str, offset: int) -> Cell:
+        """The sums of this key; `offset` is that of the event that adds to it."""
+        cell = self._cells.get((tenant, kind, key))
+        if cell is None:
+            cell = self._cells[tenant, kind, key] = Cell()
+        cell.touch(self.partition, offset)
+        return cell
+
+    def drain(self) -> list[tuple[tuple[str, str, str], Cell]]:
+        """All of them in order of key, leaving none."""
+        cells = sorted(self._cells.items(), key=lambda item: item[0])
+        self._cells = {}
+        return cells
+
+
+class StageOne:
+    """A detector's half in one partition. Every method does nothing until a detector says otherwise."""
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was counted, by name."""
+        return {}
+
+    def event(self, taken: Taken, cells: Cells) -> None:
+        """One event, in order of (timestamp, event_id)."""
+
+    def close(self, second: int) -> Iterable[Signal]:  # noqa: ARG002 a default
+        """The second is over: what it showed about single entities, at most one signal a key."""
+        return ()
+
+    def snapshot(self) -> bytes:
+        """All of its state; `restore` on a new half with the same config gives the same half."""
+        return b""
+
+    def restore(self, raw: bytes) -> None:
+        """Goes on from a snapshot. Raises `msgspec.DecodeError` for other bytes."""
+
+
+class StageTwo:
+    """A detector's half over all partitions. Every method does nothing until a detector says otherwise."""
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was counted, by name."""
+        return {}
+
+    def advance(self, until_s: int) -> Iterable[Alarm]:  # noqa: ARG002 a default
+        """Nothing more comes from before `until_s`: judge every window that ends at or before it, oldest first."""
+        return ()
+
+    def second(self, second: int, cells: list[tuple[str, str, Cell]]) -> Iterable[Alarm]:  # noqa: ARG002 a default
+        """One merged second: (tenant, key, sums) in order of tenant and key."""
+        return ()
+
+    def signal(self, signal: Signal) -> Iterable[Alarm]:  # noqa: ARG002 a default
+        """One entity signal of the second that is being closed."""
+        return ()
+
+    def snapshot(self) -> bytes:
+        """All of its state; `restore` on a new half with the same config gives the same half."""
+        return b""
+
+    def restore(self, raw: bytes) -> None:
+        """Goes on from a snapshot. Raises `msgspec.DecodeError` for other bytes."""
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """What every finding of a detector says in the same words."""
+
+    name: str
+    version: str
+    """Changes whenever the same events could give other findings."""
+    atlas: list[str]
+    owasp: list[str]
+    runbook: list[str]
+    """The first three things to check."""
+    lookback_s: int
+    """How long before an episode a replay must start to see what the detector saw."""
+
+
+class Detector(Struct, frozen=True, kw_only=True):
+    """A card and how to make the two halves."""
+
+    card: Card
+    enabled: Callable[[DetectConfig], bool]
+    stage_one: Callable[[DetectConfig], StageOne] | None
+    """None where the engine itself feeds stage 2."""
+    stage_two: Callable[[DetectConfig], StageTwo]
+
+
+def actor(event: AuditEvent) -> str:
+    """Who sent it: the key by which iw.events is partitioned, user, else API key, else address. May be empty."""
+    return event.user_id or event.api_key or event.client_address
+
+
+def actor_entity(actor_id: str) -> Entity:
+    """The entity of an actor id, told by its prefix."""
+    if actor_id.startswith("k_"):
+        return Entity(kind="api_key", id=actor_id)
+    if actor_id.startswith("a_"):
+        return Entity(kind="address", id=actor_id)
+    return Entity(kind="user", id=actor_id)
+
+
+def contributors(weights: dict[str, int], unit: str, limit: int) -> list[Contributor]:
+    """The largest `limit` of `weights`, ties by id; the empty id is left out, since it names nobody."""
+    ranked = sorted((item for item in weights.items() if item[0]), key=lambda item: (-item[1], item[0]))
+    return [Contributor(entity=actor_entity(name), amount=amount, unit=unit) for name, amount in ranked[:limit]]
