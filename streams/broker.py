@@ -10,6 +10,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -41,6 +42,7 @@ RUN_FILE: Final = "broker.json"
 _JAVA_MAJOR_MIN: Final = 17
 _STOP_TIMEOUT_S: Final = 20.0
 _PORT_TRIES: Final = 3
+_TROUBLE: Final = re.compile("severe|error|exception", re.IGNORECASE)
 
 
 class BrokerError(RuntimeError):
@@ -78,6 +80,8 @@ class Broker:
         self._dir = settings.data_dir.resolve()
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
+        self._log_start = 0
+        """Where this start's lines begin in broker.0.log."""
 
     @property
     def bootstrap(self) -> str:
@@ -161,9 +165,11 @@ class Broker:
         shutil.rmtree(fresh, ignore_errors=True)
         settings = self._write_settings(fresh, _free_port())
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        tool = ["-Xmx128m", "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(settings)]
-        done = self._spawn(java, paths, tool)
-        if done.wait() != 0:
+        tool = ["-Xmx128m", "kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(settings)]
+        self._process = self._spawn(java, paths, tool)
+        status = self._process.wait()
+        self._process = None
+        if status != 0:
             raise BrokerError(f"Kafka could not format {self._dir}: {self._last_words()}")
         fresh.rename(self._dir / "data")
 
@@ -176,6 +182,8 @@ class Broker:
             options = [f"-Xmx{self.settings.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
             options += ["-XX:TieredStopAtLevel=1"] if self.settings.quick_start else []
             options += [f"-Djava.util.logging.config.file={self._write_logging()}"]
+            newest = self.logs_dir / "broker.0.log"
+            self._log_start = newest.stat().st_size if newest.is_file() else 0
             self._process = self._spawn(java, paths, [*options, "kafka.Kafka", str(settings)])
             try:
                 asyncio.run(self._serving())
@@ -236,15 +244,15 @@ class Broker:
 
     def _last_words(self) -> str:
         """The sentence in the logs that most likely says why, and where the logs are."""
-        text = "".join(
-            file.read_text(encoding="utf-8", errors="replace")[-20_000:]
-            for file in (self.logs_dir / "broker.0.log", self.logs_dir / "jvm.log")
-            if file.is_file()
-        )
+        text = ""
+        for file, start in (("broker.0.log", self._log_start), ("jvm.log", 0)):
+            if (self.logs_dir / file).is_file():
+                lines = (self.logs_dir / file).read_bytes()
+                text += lines[start if start <= len(lines) else 0 :][-50_000:].decode(errors="replace")
         if "Address already in use" in text:
             reason = f"port {self.port} of {HOST}, or the controller's, is in use"
         else:
-            wrong = [line for line in text.splitlines() if "SEVERE" in line or "Error" in line or "Exception" in line]
+            wrong = [line for line in text.splitlines() if _TROUBLE.search(line)]
             reason = wrong[-1].strip()[:300] if wrong else "it gave no reason"
         return f"{reason} (logs: {self.logs_dir})"
 
