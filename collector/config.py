@@ -1,0 +1,75 @@
+"""What `[collector]` says: who we are, whose keys we use, where the journal lies, how the lanes are fed."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIB = 1024 * 1024
+
+
+class JournalConfig(BaseModel):
+    """`[collector.journal]`: the disk behind the promise that nothing begun is lost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dir: Path = Field(Path(".inferwatch/journal"), description="Folder of the journals, one sub-folder a process")
+    segment_bytes: int = Field(8 * MIB, ge=4096, le=1024 * MIB, description="A segment is closed at this size")
+    bytes_max: int = Field(1024 * MIB, ge=65_536, description="Bound of one process's journal")
+    when_full: Literal["refuse", "drop-oldest"] = Field(
+        "refuse", description="At the bound: refuse requests, or drop the oldest records, counted and told"
+    )
+    fsync_ms: int = Field(0, ge=0, le=60_000, description="fsync this often against loss of power; 0: never")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.bytes_max < 4 * self.segment_bytes:
+            raise ValueError("bytes_max must be at least four times segment_bytes")
+        return self
+
+
+class PublisherConfig(BaseModel):
+    """`[collector.publisher]`: how the journal reaches Kafka."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heartbeat_ms: int = Field(250, ge=20, le=5000, description="A lane silent this long gets a heartbeat")
+    linger_ms: int = Field(5, ge=0, le=1000, description="Wait for more records before a batch is sent")
+    batch_bytes: int = Field(192 * 1024, ge=4096, le=256 * 1024, description="Largest batch, before compression")
+    clock_offset_max_ms: int = Field(5000, ge=1, description="Largest difference from the broker's clock at start")
+    clock_offset_allowed: bool = Field(False, description="Start in spite of a larger difference")
+    start_timeout_ms: int = Field(30_000, ge=100, description="For the broker to answer and the lanes to open")
+    broker_silence_ms: int = Field(5000, ge=100, description="Unacknowledged for this long: the broker counts as away")
+    status_ms: int = Field(10_000, ge=100, description="How often the health record is written to the status topic")
+
+
+class IdentityConfig(BaseModel):
+    """`[collector.identity]`: who may ask, and under whose keys names and texts become digests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key_dir: Path = Field(Path(".inferwatch/keys"), description="Folder of the tenants' keys, TENANT.key, mode 0600")
+    api_keys_file: Path | None = Field(None, description="TOML: one table for each API key, its SHA-256 and owner")
+    prompt_hash: Literal["hmac", "sha256"] = Field(
+        "hmac", description="hmac: under the tenant's key. sha256: plain, so that short prompts can be guessed"
+    )
+    minhash_chars_max: int = Field(8192, ge=64, le=1_000_000, description="Text beyond this is left out of the MinHash")
+
+
+def _host() -> str:
+    return os.environ.get("HOSTNAME") or socket.gethostname() or "collector"
+
+
+class CollectorConfig(BaseModel):
+    """`[collector]`: the collector in the inference server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    collector_id: str = Field(
+        default_factory=_host, min_length=1, max_length=128, description="Name of this collector; the host's by default"
+    )
+    identity: IdentityConfig = Field(IdentityConfig(), description="Keys, API keys and pseudonyms")
+    journal: JournalConfig = Field(JournalConfig(), description="The journal on disk")
+    publisher: PublisherConfig = Field(PublisherConfig(), description="Feeding Kafka from the journal")

@@ -1,0 +1,255 @@
+"""Who asked, and the keyed digests that stand for people and texts in events.
+
+Three parts: `Pseudonyms` turns names and texts into digests under one tenant's key; key files hold those keys; the
+`KeyRing` knows the API keys. API keys are 256 random bits, so a plain SHA-256 of them can't be guessed; names and short
+prompts can, so they get HMAC-SHA-256. Keys, names and texts appear in no repr, exception or log.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+import msgspec
+from msgspec import Struct
+
+from collector.minhash import MinHash
+
+KEY_BYTES: Final = 32
+API_KEYS_MAX: Final = 10_000
+_KEY_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+_TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
+
+
+class KeyProblem(ValueError):
+    """A key file can't be used: the message names the file and what to do, never what is in it."""
+
+
+# -- key files
+
+
+def create_key_file(path: Path) -> None:
+    """Write a new tenant key, 64 hex digits, mode 0600. Raises KeyProblem where the file exists."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise KeyProblem(f"{path} exists: a new key would break the link to all earlier events") from None
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(KEY_BYTES) + "\n")
+
+
+def load_key(path: Path) -> bytes:
+    """The 32 bytes of a tenant's key. Raises KeyProblem: missing, readable by others, or not 64 hex digits."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise KeyProblem(f"{path}: no such key file; `inferwatch keys create` makes one") from None
+    except OSError as error:
+        raise KeyProblem(f"{path}: this key file can't be opened ({error.strerror})") from None
+    with os.fdopen(handle, "rb") as file:
+        _refuse_shared(path, os.fstat(file.fileno()))
+        raw = file.read(4096).strip()
+    if not re.fullmatch(rb"[0-9a-fA-F]{64,1024}", raw) or len(raw) % 2:
+        raise KeyProblem(f"{path}: a key file holds at least 64 hex digits and nothing else; make a new one")
+    return bytes.fromhex(raw.decode("ascii"))
+
+
+def _refuse_shared(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise KeyProblem(f"{path}: a key must be a regular file")
+    if status.st_mode & 0o077:
+        raise KeyProblem(f"{path}: other users can read this key file; run chmod 600 {path}")
+
+
+def load_tenant_key(key_dir: Path, tenant: str) -> bytes:
+    """The key of a tenant, `KEY_DIR/TENANT.key`. Raises KeyProblem."""
+    if not _TENANT.match(tenant):
+        raise KeyProblem("a tenant's name is 1 to 63 of a-z, 0-9, - and _, and starts with a letter or digit")
+    return load_key(key_dir / f"{tenant}.key")
+
+
+# -- pseudonyms and digests
+
+
+class Pseudonyms:
+    """One tenant's digests under one key. Pure and thread-safe; the same input always gives the same digest."""
+
+    __slots__ = ("_digest", "_minhash", "_names", "epoch", "prompt_hash")
+
+    def __init__(
+        self,
+        tenant_key: bytes,
+        epoch: str = "",
+        *,
+        prompt_hash: Literal["hmac", "sha256"] = "hmac",
+        minhash_chars_max: int = 8192,
+    ) -> None:
+        """`epoch` names the key in events; by default a fingerprint of it. Raises KeyProblem where the key is short."""
+        if len(tenant_key) < KEY_BYTES:
+            raise KeyProblem(f"a tenant's key has at least {KEY_BYTES} bytes")
+        self.epoch = epoch or "e_" + _derive(tenant_key, "epoch")[:4].hex()
+        self.prompt_hash = prompt_hash
+        # A key of its own for each purpose, so that no digest of one kind says anything about another kind.
+        self._names = {kind: hmac.new(_derive(tenant_key, kind), digestmod="sha256") for kind in "uska"}
+        self._digest = hmac.new(_derive(tenant_key, "text"), digestmod="sha256")
+        self._minhash = MinHash(_derive(tenant_key, "minhash"), chars_max=minhash_chars_max)
+
+    def user(self, name: str) -> str:
+        """`u_` and 32 hex digits; empty for no name."""
+        return self._name("u", name)
+
+    def session(self, name: str) -> str:
+        """`s_` and 32 hex digits; empty for no name. Clients choose session names, so they may hold text."""
+        return self._name("s", name)
+
+    def api_key(self, key_id: str) -> str:
+        """`k_` and 32 hex digits; empty for no key."""
+        return self._name("k", key_id)
+
+    def address(self, address: str) -> str:
+        """`a_` and 32 hex digits; empty for no address."""
+        return self._name("a", address)
+
+    def _name(self, kind: str, name: str) -> str:
+        if not name:
+            return ""
+        digest = self._names[kind].copy()
+        digest.update(name.encode("utf-8", "surrogatepass"))
+        return f"{kind}_{digest.hexdigest()[:32]}"
+
+    def digest(self, text: str | bytes) -> str:
+        """`hmac:HEX` of a text, or `sha256:HEX` where the setting says so; empty for an empty text.
+
+        A str is taken as it is, in UTF-8: whoever wants NFC normalises before.
+        """
+        if not text:
+            return ""
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        if self.prompt_hash == "sha256":
+            return "sha256:" + hashlib.sha256(raw).hexdigest()
+        digest = self._digest.copy()
+        digest.update(raw)
+        return "hmac:" + digest.hexdigest()
+
+    def minhash(self, text: str) -> str:
+        """The keyed MinHash of a text, base64 of 64 little-endian uint32; empty for an empty text."""
+        return self._minhash.encode(text)
+
+
+def _derive(key: bytes, purpose: str) -> bytes:
+    return hmac.digest(key, b"inferwatch/" + purpose.encode(), "sha256")
+
+
+# -- API keys
+
+
+class Principal(Struct, frozen=True):
+    """Who a request's API key belongs to. `on_behalf`: it may speak for users that a header or the body names."""
+
+    tenant: str
+    key_id: str
+    user: str
+    """The name behind the user's pseudonym."""
+    on_behalf: bool = False
+
+    def __repr__(self) -> str:
+        return f"Principal(tenant={self.tenant!r}, key_id={self.key_id!r}, on_behalf={self.on_behalf})"
+
+
+class _KeyTable(Struct, forbid_unknown_fields=True, kw_only=True):
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    tenant: Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")] = "default"
+    user: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    on_behalf: bool = False
+
+
+class KeyRing:
+    """The API keys that are known, by their SHA-256. Immutable and thread-safe.
+
+    A look-up compares digests under a key of this process, so that its time says nothing about the hashes stored.
+    """
+
+    __slots__ = ("_blind", "_owners")
+
+    def __init__(self, tables: Mapping[str, object]) -> None:
+        """`tables`: key id to its table, as `new_api_key` makes them. Raises KeyProblem."""
+        if len(tables) > API_KEYS_MAX:
+            raise KeyProblem(f"{len(tables)} API keys are more than the {API_KEYS_MAX} that one file may hold")
+        self._blind = secrets.token_bytes(KEY_BYTES)
+        self._owners: dict[bytes, Principal] = {}
+        for key_id, raw in tables.items():
+            if not _KEY_ID.match(key_id):
+                raise KeyProblem("an API key's table is named by 1 to 64 letters, digits, - and _")
+            try:
+                table = msgspec.convert(raw, _KeyTable)
+            except msgspec.ValidationError as error:
+                raise KeyProblem(f"API key [{key_id}]: {_without_values(error)}") from None
+            blinded = self._blinded(bytes.fromhex(table.sha256))
+            if blinded in self._owners:
+                raise KeyProblem(f"API keys [{self._owners[blinded].key_id}] and [{key_id}] are the same key")
+            self._owners[blinded] = Principal(table.tenant, key_id, table.user, table.on_behalf)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The keys in a TOML file, one table for each key id. Raises KeyProblem naming the file and what to do."""
+        try:
+            shared = path.stat().st_mode & 0o022
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise KeyProblem(f"{path}: no such file of API keys; `inferwatch keys add` makes one") from None
+        except OSError as error:
+            raise KeyProblem(f"{path}: the file of API keys can't be read ({error.strerror})") from None
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+            raise KeyProblem(f"{path}: the file of API keys is not valid TOML") from None
+        if shared:
+            raise KeyProblem(f"{path}: other users can write to this file of API keys; run chmod go-w {path}")
+        try:
+            return cls(tables)
+        except KeyProblem as error:
+            raise KeyProblem(f"{path}: {error}") from None
+
+    def owner(self, secret: str | bytes) -> Principal | None:
+        """Whose key this is; None for a key that is not known."""
+        raw = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
+        return self._owners.get(self._blinded(hashlib.sha256(raw).digest()))
+
+    def _blinded(self, digest: bytes) -> bytes:
+        return hmac.digest(self._blind, digest, "sha256")
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The tenants that have a key."""
+        return frozenset(principal.tenant for principal in self._owners.values())
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
+def new_api_key(
+    *, user: str, tenant: str = "default", on_behalf: bool = False
+) -> tuple[str, str, dict[str, str | bool]]:
+    """A new API key: (secret, key id, table). The secret is shown once; the table goes into the file of API keys."""
+    secret = "iw-" + secrets.token_urlsafe(32)
+    table: dict[str, str | bool] = {
+        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+        "tenant": tenant,
+        "user": user,
+        "on_behalf": on_behalf,
+    }
+    return secret, f"key_{secrets.token_hex(6)}", table
+
+
+def _without_values(error: msgspec.ValidationError) -> str:
+    """What is wrong and where; a bad value may be the key itself, so a wrong pattern is only named."""
+    told = str(error)
+    where = told.rpartition(" - at ")[2].strip("`$.") if " - at " in told else ""
+    if "pattern" in told:
+        return f"{where} is not of the form it must have (sha256: 64 hex digits; tenant: a-z, 0-9, -, _)"
+    return told

@@ -1,0 +1,326 @@
+"""The book of lanes: gives each record of one boot its time, lane and number, and writes it to the journal.
+
+Rules T1 to T3 of docs/time.md: timestamps never go back, a lane's `seq` has no holes, a silent lane gets heartbeats.
+The publisher keeps a book for its own boot; recovery keeps one for a boot that died. Thread-safe, also against a
+finaliser that the garbage collector runs in the middle of it; the lock is held for µs, never while Kafka is waited for.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+
+from collector import event as events
+from collector.event import AuditEvent, Heartbeat, Integrity, Rejection
+from collector.journal import BEGIN, RESERVED_BYTES, Journal, JournalFull, Position, ack_body, lane_body
+
+log = structlog.get_logger(__name__)
+
+KNOWN_BYTES_MAX: Final = 64 * 1024
+"""What is known at `begin` is left out of the journal beyond this; a `lost` event then has only its id."""
+RECORD_BYTES_MAX: Final = events.EVENT_BYTES_MAX - 256
+"""What Kafka's framing leaves of a message for key and value."""
+GUARDS_MAX: Final = 64
+_BLANK: Final[Mapping[str, Any]] = {
+    "tenant": "",
+    "session_id": "",
+    "user_id": "",
+    "prompt_hash": "",
+    "guardrail_results": [],
+    "response_tokens": 0,
+    "blocked": False,
+}
+"""The fields an event must have, where the caller knows nothing better."""
+_LATENCY_MS_MAX: Final = 1e10
+
+_BEGIN: Final = bytes((BEGIN,))
+_encoder = msgspec.json.Encoder()
+AnyRecordT = TypeVar("AnyRecordT", bound=events.Record)
+
+
+class Closed(RuntimeError):
+    """The publisher is not started, was stopped, or belongs to the process that this one was forked from."""
+
+
+class Ticket:
+    """A request that was begun. `event` is set once, by `finish`."""
+
+    __slots__ = ("body", "event", "event_id", "key", "known", "partition", "segment", "started_us")
+
+    def __init__(self, event_id: str, key: bytes, partition: int, started_us: int, known: Mapping[str, object]) -> None:
+        self.event_id, self.key, self.partition, self.started_us = event_id, key, partition, started_us
+        self.known = known
+        self.body = b""
+        """As journalled."""
+        self.segment = 0
+        """Where it was journalled last."""
+        self.event: AuditEvent | None = None
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """A journalled `begin`, read back."""
+
+    event_id: str
+    key: str
+    partition: int
+    started_us: int
+    known: dict[str, Any]
+
+
+class Counters:
+    """What heartbeats carry. The engine and the guards count here; the rest is the book's."""
+
+    __slots__ = ("dropped", "engine_requests", "events", "guard_errors", "invalid", "oversized", "rejections")
+
+    def __init__(self) -> None:
+        self.engine_requests = 0
+        self.events = 0
+        self.rejections = 0
+        self.dropped = 0
+        """Records that the journal's bound took before Kafka had them."""
+        self.oversized = 0
+        self.invalid = 0
+        self.guard_errors: dict[str, int] = {}
+
+    def guard_error(self, guard: str) -> None:
+        """One more error of this guard; at most 64 guards are told apart."""
+        if guard in self.guard_errors or len(self.guard_errors) < GUARDS_MAX:
+            self.guard_errors[guard] = self.guard_errors.get(guard, 0) + 1
+
+
+class _Lane:
+    __slots__ = ("beat_seq", "moved_s", "seq")
+
+    def __init__(self, seq: int = 0) -> None:
+        self.seq = seq
+        self.moved_s = 0.0
+        self.beat_seq = -1
+
+
+class _Section:
+    """The lock, and whose it is: a thread must not enter twice, and must be able to tell."""
+
+    __slots__ = ("_lock", "owner")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.owner = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.owner = 0
+        self._lock.release()
+
+
+class Book:
+    """The lanes of one boot. See the module's docstring for what holds."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        collector_id: str,
+        model_version: str,
+        clock_us: Callable[[], int],
+        monotonic: Callable[[], float] = time.monotonic,
+        seqs: Mapping[int, int] | None = None,
+        last_us: int = 0,
+        counters: Counters | None = None,
+    ) -> None:
+        self.journal, self.collector_id, self.boot = journal, collector_id, journal.boot
+        self.counters = counters or Counters()
+        self.open: dict[str, Ticket] = {}
+        self.wake: Callable[[], None] = _nothing
+        """Called after a record was written."""
+        self._model_version = model_version
+        self._clock_us, self._monotonic, self._last_us = clock_us, monotonic, last_us
+        self._lanes = {partition: _Lane(seq) for partition, seq in (seqs or {}).items()}
+        self._section = _Section()
+        self._closed = False
+        self._drop_oldest = journal.drop_oldest
+        self._deferred: deque[tuple[Ticket, type[AuditEvent], dict[str, Any]]] = deque()
+        # A forked child has the files but not the sender: what it wrote would mix with the parent's.
+        alive = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (book := alive()) and book.close())
+
+    @property
+    def last_us(self) -> int:
+        """The latest timestamp given: nothing earlier follows in any lane."""
+        return self._last_us
+
+    def lag(self, acked: Mapping[int, int]) -> int:
+        """Records journalled and not acknowledged."""
+        return sum(lane.seq - acked.get(partition, 0) for partition, lane in list(self._lanes.items()))
+
+    def close(self) -> None:
+        """No more begins."""
+        self._closed = True
+
+    def begin(self, key: str, partition: int, known: Mapping[str, object]) -> Ticket:
+        """Journal that a request is about to be worked on.
+
+        Raises JournalFull at the journal's bound (or the disk's) and Closed; nothing is begun then.
+        """
+        ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
+        begun = Begun(ticket.event_id, key, partition, ticket.started_us, known)  # type: ignore[arg-type]  # only encoded
+        body = _BEGIN + _encoder.encode(begun)
+        if len(body) > KNOWN_BYTES_MAX:
+            body = _BEGIN + _encoder.encode(Begun(ticket.event_id, key, partition, ticket.started_us, {}))
+        ticket.body = body
+        with self._section:
+            if self._closed:
+                raise Closed("the publisher is stopped: no request may begin")
+            if self._drop_oldest:
+                self._make_room(len(body))
+            self.journal.append(body, reserve_bytes=(len(self.open) + 1) * RESERVED_BYTES, bounded=True)
+            ticket.segment = self.journal.end.segment
+            self.open[ticket.event_id] = ticket
+        return ticket
+
+    def reopen(self, ticket: Ticket) -> None:
+        """Take over a request that a dead boot began and that its journal already holds."""
+        self.open[ticket.event_id] = ticket
+
+    def finish(self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any]) -> AuditEvent:
+        """Stamp and journal the event of `ticket`; a second call gives the first one's event.
+
+        Raises JournalFull where the disk is full: the ticket stays open. An event that no reader would take (too large,
+        a field out of bounds) is replaced by an integrity record in its place, and counted.
+        """
+        if self._section.owner == threading.get_ident():
+            # A finaliser that the garbage collector ran inside our own section: its turn comes right after.
+            self._deferred.append((ticket, shape, fields))
+            return self._event(ticket, shape, fields, self._last_us, self._lanes[ticket.partition].seq)
+        with self._section:
+            event = ticket.event or self._close(ticket, shape, fields)
+        self.wake()
+        while self._deferred:
+            try:
+                later = self._deferred.popleft()
+            except IndexError:
+                break
+            self.finish(*later)
+        return event
+
+    def _close(self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any]) -> AuditEvent:
+        if ticket.event_id not in self.open:
+            raise Closed("the publisher is stopped: the request is in no journal that is open")
+        now_us, lane = self._now_us(), self._lanes[ticket.partition]
+        event = self._event(ticket, shape, fields, now_us, lane.seq)
+        self._write(ticket.partition, lane, ticket.key, self._sound(event, ticket, now_us, lane.seq))
+        ticket.event = event
+        del self.open[ticket.event_id]
+        if shape is Rejection:
+            self.counters.rejections += 1
+        else:
+            self.counters.events += 1
+        return event
+
+    def _event(
+        self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any], now_us: int, seq: int
+    ) -> AuditEvent:
+        values: dict[str, Any] = {**_BLANK, "model_version": self._model_version, **ticket.known, **fields}
+        if "latency_ms" not in values:
+            values["latency_ms"] = min(_LATENCY_MS_MAX, max(0, now_us - ticket.started_us) / 1000)
+        values.update(self._stamp(now_us, seq, ticket.event_id))
+        return shape(**values)
+
+    def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, seq: int) -> bytes:
+        """The event's bytes; an integrity record's where no reader would take them."""
+        raw = events.encode(event)
+        problem = "event too large"
+        if len(raw) + len(ticket.key) <= RECORD_BYTES_MAX:
+            try:
+                events.decode(raw)
+            except events.BadEvent:
+                problem = "event out of bounds"
+                self.counters.invalid += 1
+            else:
+                return raw
+        else:
+            self.counters.oversized += 1
+        log.error("an audit event can't be sent as it is; an integrity record takes its place", problem=problem)
+        return events.encode(self._integrity(problem, now_us, seq, subject_id=event.event_id, size_bytes=len(raw)))
+
+    def _integrity(self, problem: str, now_us: int, seq: int, **fields: Any) -> Integrity:
+        return Integrity(problem=problem, **self._stamp(now_us, seq, events.uuid7()), **fields)
+
+    def _stamp(self, now_us: int, seq: int, event_id: str) -> dict[str, Any]:
+        return {
+            "schema_version": events.SCHEMA_VERSION,
+            "event_id": event_id,
+            "timestamp": events.from_timestamp_us(now_us),
+            "collector_id": self.collector_id,
+            "boot": self.boot,
+            "seq": seq,
+        }
+
+    def control(self, partition: int, shape: type[AnyRecordT], key: bytes = b"", **fields: Any) -> AnyRecordT:
+        """Stamp and journal a record that is no request's; opens the lane where it is new. Raises JournalFull."""
+        with self._section:
+            lane = self._lanes.setdefault(partition, _Lane())
+            now_us = self._now_us()
+            record = shape(**self._stamp(now_us, lane.seq, events.uuid7()), **fields)
+            self._write(partition, lane, key, _encoder.encode(record))
+            if shape is Heartbeat:
+                lane.beat_seq = lane.seq - 1
+        self.wake()
+        return record
+
+    def silent(self, silence_s: float, acked: Mapping[int, int]) -> list[int]:
+        """The lanes that want a heartbeat: silent so long, and their last one is with Kafka.
+
+        So while Kafka is away at most one heartbeat a lane waits in the journal.
+        """
+        limit = self._monotonic() - silence_s
+        return [p for p, lane in self._lanes.items() if lane.moved_s <= limit and acked.get(p, 0) > lane.beat_seq]
+
+    def mark(self, acked: dict[int, int]) -> None:
+        """Journal that Kafka has these lanes up to here. It only saves sending again after a crash."""
+        with self._section:
+            try:
+                self.journal.append(ack_body(acked))
+            except JournalFull:
+                log.warning("no room in the journal to mark what Kafka has")
+
+    def release(self, before: Position) -> None:
+        """Drop the segments before a place; requests begun there and still open are written again at the end."""
+        with self._section:
+            self._release(before.segment)
+
+    def _release(self, segment: int) -> None:
+        for ticket in self.open.values():
+            if ticket.segment < segment:
+                self.journal.append(ticket.body)
+                ticket.segment = self.journal.end.segment
+        self.journal.remove_before(segment)
+
+    def _make_room(self, size: int) -> None:
+        """Drop the oldest segments until a record of `size` bytes fits. The sender counts what it finds missing."""
+        limit = self.journal.bytes_max - size - (len(self.open) + 2) * RESERVED_BYTES
+        while self.journal.bytes > limit and self.journal.first < self.journal.end.segment:
+            log.warning("the journal is full: dropping its oldest segment", folder=str(self.journal.folder))
+            self._release(self.journal.first + 1)
+
+    def _now_us(self) -> int:
+        self._last_us = max(self._clock_us(), self._last_us)
+        return self._last_us
+
+    def _write(self, partition: int, lane: _Lane, key: bytes, raw: bytes) -> None:
+        self.journal.append(lane_body(partition, lane.seq, key, raw))
+        lane.seq += 1
+        lane.moved_s = self._monotonic()
+
+
+def _nothing() -> None:
+    """Nobody waits."""
