@@ -39,7 +39,8 @@ class KafkaConfig(BaseModel):
     tls_key_file: Path | None = Field(None, description="Its key, PEM, not encrypted, readable by this user only")
     request_timeout_ms: int = Field(10_000, ge=500, le=300_000, description="For one request to a broker")
     deadletter_key_file: Path | None = Field(
-        None, description="64 hex digits; seals the bytes of dead letters. Without it only their digest is kept"
+        None,
+        description="128 hex digits (openssl rand -hex 64); seals the bytes of dead letters; else not kept",
     )
 
     @field_validator("bootstrap_servers")
