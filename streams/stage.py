@@ -93,14 +93,19 @@ class StageWorker:
     def __init__(self, stage: Stage, kafka: KafkaConfig, streams: StreamsConfig, data_dir: Path) -> None:
         self.stage, self._kafka, self._streams = stage, kafka, streams
         self._owned: dict[int, Owned] = {}
+        self._restored = False
+        """Whether every partition of ours has its state, which may be none at all where workers outnumber them."""
         self._lock = asyncio.Lock()
         """Held while a batch is handled or state is stored, so that neither sees the other half done."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._totals = Counter(records=0, batches=0, states=0, state_bytes=0, rebalances=0, rewinds=0, lost_records=0)
-        self.app = BatchApp(stage.role, kafka, streams, stage.source, datadir=str(data_dir / "faust" / stage.role))
+        folder = data_dir / "faust"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.app = BatchApp(stage.role, kafka, streams, stage.source, datadir=str(folder / stage.role))
         self.app.positions = self
-        raw = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
-        self._table = self.app.Table("state", partitions=stage.partitions, **raw)
+        self._table = self.app.Table(
+            "state", key_type=bytes, value_type=bytes, partitions=stage.partitions, recovery_buffer_size=16
+        )
         self._source, self._target = Output(kafka, stage.source), Output(kafka, stage.target)
         self._changelog = Output(kafka, self._table.changelog_topic.get_topic_name())
         self._letters = DeadLetters(kafka, stage.role)
@@ -218,7 +223,7 @@ class StageWorker:
             log.warning("state not stored before giving partitions up", role=self.stage.role)
 
     async def _revoked(self, *_: Any, **__: Any) -> None:
-        self._owned = {}
+        self._owned, self._restored = {}, False
         self._totals["rebalances"] += 1
 
     async def _recovered(self, *_: Any, **__: Any) -> None:
@@ -226,6 +231,7 @@ class StageWorker:
         async with self._lock:
             bounds = await self._consumer.bounds(self._consumer.batch_partitions())
             self._owned = {partition: self._restore(partition, *bounds[partition]) for partition in sorted(bounds)}
+        self._restored = True
         log.info("partitions restored", role=self.stage.role, partitions=sorted(self._owned))
 
     def _restore(self, partition: int, earliest: int, end: int) -> Owned:
@@ -285,9 +291,7 @@ class StageWorker:
 
     def reading(self) -> Reading:
         """The worker's health."""
-        consumer = self.app.consumer if self.app.started else None
-        mine = consumer.batch_partitions() if consumer is not None and self._totals["rebalances"] else set()
-        ready = bool(mine) and mine == set(self._owned)
+        ready = self._restored
         counters: Counter[str] = Counter()
         lag, watermarks = 0, []
         for partition, owned in self._owned.items():

@@ -94,7 +94,7 @@ class Batch:
         return self
 
 
-class BatchSchema(faust.Schema):  # type: ignore[misc]  # Faust publishes no types
+class BatchSchema(faust.Schema[bytes, bytes]):
     """Passes a batch on as it is; each stage decodes its own records."""
 
     def compile(self, app: Any, **_: Any) -> Callable[..., Awaitable[Any]]:
@@ -107,13 +107,13 @@ class BatchSchema(faust.Schema):  # type: ignore[misc]  # Faust publishes no typ
         return decode
 
 
-class BatchScheduler(DefaultSchedulingStrategy):  # type: ignore[misc]
+class BatchScheduler(DefaultSchedulingStrategy):
     """Folds the fetched records of the batch topic into batches; all other topics (changelogs) pass as usual."""
 
     def __init__(self, topic: str, records_max: int) -> None:
         self._topic, self._records_max = topic, records_max
 
-    def iterate(self, records: Mapping[TP, Sequence[ConsumerRecord]]) -> Iterator[tuple[TP, Any]]:
+    def iterate(self, records: Mapping[TP, list[Any]]) -> Iterator[tuple[TP, Any]]:
         """(partition, batch or record) in the order in which they are handed on."""
         others = {}
         for tp, fetched in records.items():
@@ -176,7 +176,7 @@ class Positions(Protocol):
         """Called before the partitions go: the last moment to store state."""
 
 
-class BatchApp(faust.App):  # type: ignore[misc]
+class BatchApp(faust.App):
     """A Faust app whose one source topic comes in batches."""
 
     def __init__(self, role: str, kafka: KafkaConfig, streams: StreamsConfig, topic: str, **options: Any) -> None:
@@ -199,12 +199,14 @@ class BatchApp(faust.App):  # type: ignore[misc]
 
     def source(self) -> Any:
         """The batch topic. Acks are off: what may be committed is what the stage has settled."""
-        raw = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
-        return self.topic(self.batch_topic, schema=BatchSchema(**raw), acks=False)
+        schema = BatchSchema(key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+        return self.topic(self.batch_topic, schema=schema, acks=False)
 
 
-class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+class _ConsumerThread(driver.AIOKafkaConsumerThread):
     """Makes the consumer from our own config, and outlives a broker that is away at a commit."""
+
+    app: BatchApp
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:  # noqa: ARG002  # Faust's signature
         app = self.app
@@ -234,8 +236,10 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         return True
 
 
-class BatchConsumer(driver.Consumer):  # type: ignore[misc]
+class BatchConsumer(driver.Consumer):
     """Faust's consumer, for a topic that comes in batches."""
+
+    app: BatchApp
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -294,14 +298,16 @@ class BatchConsumer(driver.Consumer):  # type: ignore[misc]
         """Faust's search for stuck streams reads acks, which are off here; lag and `/readyz` take its place."""
 
 
-class BatchProducer(driver.Producer):  # type: ignore[misc]
+class BatchProducer(driver.Producer):
     """Faust's producer, made idempotent and from our own config."""
+
+    app: BatchApp
 
     def _new_producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:
         return make_producer(self.app.kafka, client_id=self.app.conf.id, transactional_id=transactional_id)
 
 
-class Transport(driver.Transport):  # type: ignore[misc]
+class Transport(driver.Transport):
     """What Faust finds under the URL scheme `inferwatch://`."""
 
     Consumer = BatchConsumer
