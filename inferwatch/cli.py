@@ -1,4 +1,4 @@
-"""The command line: `inferwatch …`. Thin: each command loads its room only when it is called, and says one sentence when it fails."""
+"""The command line: `inferwatch …`. Each command loads only its room, and says one sentence when it fails."""
 
 import asyncio
 import os
@@ -14,7 +14,9 @@ from inferwatch.config import Config, describe, load
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 dashboards_app = typer.Typer(no_args_is_help=True, help="Dashboards for Grafana.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make keys.")
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
 
 ConfigOption = Annotated[
@@ -140,6 +142,36 @@ def config_example() -> None:
     Example: inferwatch config example > inferwatch.toml
     """
     typer.echo("\n".join(describe()))
+
+
+@keys_app.command("create")
+def keys_create(tenant: Annotated[str, typer.Argument()] = "default", config: ConfigOption = None) -> None:
+    """Make the key that a tenant's hashes and pseudonyms are under.
+
+    Example: inferwatch keys create default
+    """
+    from inferwatch.keys import create_tenant_key  # noqa: PLC0415
+
+    typer.echo(f"Made {create_tenant_key(load(config).collector.identity.key_dir, tenant)}")
+
+
+@keys_app.command("api")
+def keys_api(
+    user: Annotated[str, typer.Option(help="Whose key it is.")],
+    tenant: Annotated[str, typer.Option()] = "default",
+    on_behalf: Annotated[bool, typer.Option("--on-behalf", help="It may name the users it speaks for.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Make an API key: its digest goes into the file of API keys, the secret is printed once.
+
+    Example: inferwatch keys api --user alice
+    """
+    from inferwatch.keys import add_api_key  # noqa: PLC0415
+
+    file = load(config).collector.identity.api_keys_file
+    secret, key_id = add_api_key(file, tenant=tenant, user=user, on_behalf=on_behalf)
+    typer.echo(f"{key_id} was added to {file}. The key, shown only now:", err=True)
+    typer.echo(secret)
 
 
 @dashboards_app.command("export")

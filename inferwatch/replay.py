@@ -8,7 +8,7 @@ import base64
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -146,9 +146,9 @@ class _Lanes:
         self, kind: Literal["hello", "heartbeat", "goodbye"], at_us: int
     ) -> Iterator[tuple[int, bytes, AnyRecord]]:
         """The same control record on every lane."""
-        make: type[Hello | Heartbeat | Goodbye] = {"hello": Hello, "heartbeat": Heartbeat, "goodbye": Goodbye}[kind]
+        make: Callable[..., AnyRecord] = {"hello": Hello, "heartbeat": Heartbeat, "goodbye": Goodbye}[kind]
         for partition in range(len(self._next)):
-            yield partition, b"", make(**self._stamp(partition, at_us, kind))  # type: ignore[arg-type]  # from one dict
+            yield partition, b"", make(**self._stamp(partition, at_us, kind))
 
     def event(self, request: Request) -> tuple[int, bytes, AuditEvent]:
         """The audit event of one request, on the lane of its user."""

@@ -7,7 +7,7 @@ has its event.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -107,7 +107,7 @@ class Traffic:
         ]
         await self._with_background(seconds, jobs)
 
-    async def _with_background(self, seconds: float, jobs: list[Awaitable[None]]) -> None:
+    async def _with_background(self, seconds: float, jobs: Sequence[Awaitable[None]]) -> None:
         """Spreads `jobs` evenly over `seconds` with the calm background underneath."""
 
         async def spread() -> None:
