@@ -76,7 +76,8 @@ class FileConfig(_Settings):
     fsync: bool = Field(False, description="Acknowledge only what is on the disk.")
     rotate_mb: int = Field(100, ge=1, le=1_048_576, description="Rotated before it grows beyond this, in MiB.")
     keep: int = Field(5, ge=1, le=1000, description="Rotated files kept, PATH.1 the newest.")
-    mode: int = Field(0o640, ge=0o400, le=0o666, description="Permissions of a new file.")
+    mode: int = Field(0o640, ge=0o400, le=0o666, description="Permissions of a new file, less the umask.")
+    tail_mb: int = Field(8, ge=1, le=1024, description="How much of the file's end is searched for lines sent before.")
 
 
 class WebhookConfig(_Settings):
@@ -105,6 +106,9 @@ class SyslogConfig(_Settings):
     message_max_bytes: int = Field(8_192, ge=2_048, le=1_048_576, description="A longer message is cut.")
     hostname: str = Field("", max_length=255, description="HOSTNAME in the header; empty: this machine's name.")
     facility: int = Field(13, ge=0, le=23, description="13 is `log audit`.")
+    enterprise_number: int = Field(
+        0, ge=0, le=2**32 - 1, description="Your IANA enterprise number, for structured data `finding@N`; 0: none."
+    )
 
     @model_validator(mode="after")
     def _key_with_certificate(self) -> "SyslogConfig":
