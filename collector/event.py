@@ -8,7 +8,9 @@ unknown kind or a field out of its bounds raises `BadEvent`. Neither message eve
 may hold text.
 """
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -271,5 +273,9 @@ def uuid7(clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[in
 
 
 def json_schema() -> dict[str, object]:
-    """The JSON Schema of the wire format, as published in docs/event.schema.json."""
+    """The JSON Schema of the wire format, as published: `python -m collector.event > docs/event.schema.json`."""
     return msgspec.json.schema(AnyRecord)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json_schema(), indent=2, sort_keys=True) + "\n")

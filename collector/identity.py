@@ -48,14 +48,17 @@ def create_key_file(path: Path) -> None:
 def load_key(path: Path) -> bytes:
     """The 32 bytes of a tenant's key. Raises KeyProblem: missing, readable by others, or not 64 hex digits."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # Links are followed, since mounted secrets are links; a pipe must not make us wait.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise KeyProblem(f"{path}: no such key file; `inferwatch keys create` makes one") from None
     except OSError as error:
         raise KeyProblem(f"{path}: this key file can't be opened ({error.strerror})") from None
-    with os.fdopen(handle, "rb") as file:
-        _refuse_shared(path, os.fstat(file.fileno()))
-        raw = file.read(4096).strip()
+    try:
+        _refuse_shared(path, os.fstat(handle))
+        raw = os.read(handle, 4096).strip()
+    finally:
+        os.close(handle)
     if not re.fullmatch(rb"[0-9a-fA-F]{64,1024}", raw) or len(raw) % 2:
         raise KeyProblem(f"{path}: a key file holds at least 64 hex digits and nothing else; make a new one")
     return bytes.fromhex(raw.decode("ascii"))
@@ -250,6 +253,6 @@ def _without_values(error: msgspec.ValidationError) -> str:
     """What is wrong and where; a bad value may be the key itself, so a wrong pattern is only named."""
     told = str(error)
     where = told.rpartition(" - at ")[2].strip("`$.") if " - at " in told else ""
-    if "pattern" in told:
+    if "regex" in told:
         return f"{where} is not of the form it must have (sha256: 64 hex digits; tenant: a-z, 0-9, -, _)"
     return told

@@ -206,6 +206,9 @@ class Journal:
         self.bytes_max, self._segment_bytes = config.bytes_max, config.segment_bytes
         self.drop_oldest = config.when_full == "drop-oldest"
         self._handle = -1
+        self._synced = config.fsync_ms > 0
+        self._rolled: list[int] = []
+        """Full segments that are still to be synced to disk."""
         with folder_lock(config.dir):
             if fresh:
                 self.folder.mkdir(exist_ok=True, mode=0o700)
@@ -262,7 +265,9 @@ class Journal:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise JournalFull(f"the disk under {self.folder} is full: free some space") from None
-        if self._handle >= 0:
+        if self._handle >= 0 and self._synced:
+            self._rolled.append(self._handle)
+        elif self._handle >= 0:
             os.close(self._handle)
         self._handle, self._sizes[number] = handle, 0
         self.end = Position(number, 0)
@@ -274,17 +279,18 @@ class Journal:
             _segment(self.folder, number).unlink(missing_ok=True)
             self.bytes -= self._sizes.pop(number)
 
-    def sync(self) -> None:
-        """fsync the segment being written. Raises OSError."""
-        if self._handle >= 0:
-            os.fsync(self._handle)
+    def handles_to_sync(self) -> list[int]:
+        """What was written since the last call, for the caller to fsync and close."""
+        handles, self._rolled = self._rolled, []
+        return [*handles, os.dup(self._handle)] if self._handle >= 0 else handles
 
     def close(self) -> None:
         """Close the files and give the lock back; the folder stays for a later boot."""
-        for handle in (self._handle, self._lock):
+        for handle in (*self._rolled, self._handle, self._lock):
             if handle >= 0:
                 os.close(handle)
         self._handle = self._lock = -1
+        self._rolled = []
 
     def destroy(self) -> None:
         """Remove the folder: everything in it is acknowledged."""

@@ -298,6 +298,16 @@ class Book:
         with self._section:
             self._release(before.segment)
 
+    def sync(self) -> None:
+        """fsync what was written so far; the lock is not held meanwhile. Raises OSError."""
+        with self._section:
+            handles = self.journal.handles_to_sync()
+        for handle in handles:
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
     def _release(self, segment: int) -> None:
         for ticket in self.open.values():
             if ticket.segment < segment:

@@ -201,9 +201,10 @@ class Publisher:
             opened.set_result(None)
             beating = asyncio.create_task(self._beat())
             telling = asyncio.create_task(self._tell())
+            syncing = asyncio.create_task(self._sync())
             self._feeding = asyncio.create_task(self._feed())
             await asyncio.wait([self._feeding])
-            for task in (beating, telling):
+            for task in (beating, telling, syncing):
                 task.cancel()
         finally:
             await self._sender.close()
@@ -357,6 +358,20 @@ class Publisher:
             "journal_bytes": book.journal.bytes,
             "guard_errors": dict(counters.guard_errors),
         }
+
+    async def _sync(self) -> None:
+        """fsync against loss of power, every `fsync_ms`, off this loop; the disk may take its time."""
+        period_s = self._journal_config.fsync_ms / 1000
+        written = None
+        while period_s and self._book is not None:
+            await asyncio.sleep(period_s)
+            book = self._book
+            if book is not None and written != book.journal.end:
+                written = book.journal.end
+                try:
+                    await asyncio.to_thread(book.sync)
+                except OSError as error:
+                    log.error("the journal could not be synced to disk", error=type(error).__name__)
 
     async def _tell(self) -> None:
         """The health record, every `status_ms`, with a producer of its own: it may never hold up an event."""
