@@ -27,6 +27,8 @@ KNOWN_BYTES_MAX: Final = 64 * 1024
 """What is known at `begin` is left out of the journal beyond this; a `lost` event then has only its id."""
 RECORD_BYTES_MAX: Final = events.EVENT_BYTES_MAX - 256
 """What Kafka's framing leaves of a message for key and value."""
+KEY_CHARS_MAX: Final = 128
+"""A key is a pseudonym."""
 GUARDS_MAX: Final = 64
 _BLANK: Final[Mapping[str, Any]] = {
     "tenant": "",
@@ -169,8 +171,11 @@ class Book:
     def begin(self, key: str, partition: int, known: Mapping[str, object]) -> Ticket:
         """Journal that a request is about to be worked on.
 
-        Raises JournalFull at the journal's bound (or the disk's) and Closed; nothing is begun then.
+        Raises JournalFull at the journal's bound (or the disk's), Closed, and ValueError for a long key; nothing is
+        begun then.
         """
+        if len(key) > KEY_CHARS_MAX:
+            raise ValueError(f"a key has at most {KEY_CHARS_MAX} characters")
         ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
         begun = Begun(ticket.event_id, key, partition, ticket.started_us, known)  # type: ignore[arg-type]  # only encoded
         body = _BEGIN + _encoder.encode(begun)

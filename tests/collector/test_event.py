@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -37,7 +38,7 @@ from collector.event import (
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests/golden/events"
 CANARY = "canary-7f3a91"
-STAMP = {
+STAMP: dict[str, Any] = {
     "schema_version": "1.0",
     "event_id": "019a0000-0000-7000-8000-000000000001",
     "timestamp": from_timestamp_us(1_760_000_000_123_456),
@@ -45,7 +46,7 @@ STAMP = {
     "boot": "019a0000-0000-7000-8000-0000000000b0",
     "seq": 7,
 }
-REQUEST = {
+REQUEST: dict[str, Any] = {
     "tenant": "default",
     "session_id": "s_" + "5" * 32,
     "user_id": "u_" + "1" * 32,
