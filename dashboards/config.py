@@ -3,7 +3,9 @@
 import re
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from dashboards.panels import BY_NAME
 
 RANGES_S: Final = {"15m": 900, "1h": 3_600, "6h": 21_600, "24h": 86_400, "7d": 604_800}
 """The time ranges of the picker, in seconds."""
@@ -37,6 +39,21 @@ class DashboardsConfig(BaseModel):
         8, ge=1, le=16, description="Most series drawn in one plot; the plot says how many it left out."
     )
     rows_max: int = Field(500, ge=10, le=5_000, description="Most rows of a table on a page of its own.")
+    watch: dict[str, float] = Field(
+        {},
+        max_length=64,
+        description="By a panel's name, the value from which it asks for attention, in its unit (a share, ms, tokens); "
+        "a line across its plot. For example `latency = 5000`.",
+    )
     grafana_datasource_uid: str = Field(
         "inferwatch", min_length=1, max_length=40, description="The uid of the ClickHouse data source in Grafana."
     )
+
+    @field_validator("watch")
+    @classmethod
+    def _known_panels(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name not in BY_NAME or BY_NAME[name].kind not in ("timeseries", "stat"):
+                known = ", ".join(panel.name for panel in BY_NAME.values() if panel.kind in ("timeseries", "stat"))
+                raise ValueError(f"there is no plot or figure called {name[:40]!r}; there are {known}")
+        return value

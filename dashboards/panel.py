@@ -11,7 +11,7 @@ Shown = Literal["text", "time", "number", "severity", "state", "summary", "entit
 """How a column of a table is drawn. `summary` links to the finding, `entity` to the events of that entity, `process`
 is a state word, `span` a duration in seconds."""
 
-BOUND: Final[Mapping[str, str]] = {
+BOUND: Final[dict[str, str]] = {
     "from": "fromUnixTimestamp64Milli({from_ms:Int64})",
     "to": "fromUnixTimestamp64Milli({to_ms:Int64})",
     "in_range": "timestamp >= fromUnixTimestamp64Milli({from_ms:Int64}) "
@@ -23,7 +23,7 @@ BOUND: Final[Mapping[str, str]] = {
 """All that a panel's SQL takes from outside, as parameters that the store binds. `grafana.py` has the same names as
 macros of Grafana's ClickHouse data source."""
 
-SHARED: Final[Mapping[str, str]] = {
+SHARED: Final[dict[str, str]] = {
     "events": "events\nWHERE $in_range AND $tenant AND NOT duplicate AND NOT quarantined",
     "answered": "status IN ('ok', 'blocked_output')",
 }
@@ -47,15 +47,8 @@ class Column:
     label: str
     shown: Shown = "text"
     unit: str = "count"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Threshold:
-    """From `value` on, a stat or a cell is drawn in `tone`; in a plot, a line with the label."""
-
-    value: float
-    tone: Literal["watch", "bad"]
-    label: str = ""
+    watch_from: float | None = None
+    """From this value on the cell asks for attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +74,10 @@ class Panel:
     """Where `by` is set: the tone of known names, in the order they are stacked."""
     stacked: bool = False
     columns: tuple[Column, ...] = ()
-    thresholds: tuple[Threshold, ...] = ()
+    watch_from: float | None = None
+    """From this value on a stat asks for attention; in a plot it is a line. `[dashboards.watch]` sets others."""
+    rows: int = 8
+    """Rows of a table on the overview; all of them are on the panel's own page."""
     detectors: tuple[str, ...] = ()
     """The findings of these detectors are marked on the time axis."""
     width: Literal[2, 4, 6, 8] = 4

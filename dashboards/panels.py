@@ -7,7 +7,7 @@ in the pipeline's own panels. Latency, tokens and time to first token are those 
 
 from typing import Final
 
-from dashboards.panel import Column, Panel, Series, Threshold
+from dashboards.panel import Column, Panel, Series
 
 STATUS_TONES: Final = {
     "ok": "calm",
@@ -34,7 +34,7 @@ STATS: Final = (
             Series(column="high", label="high"),
             Series(column="medium", label="medium"),
         ),
-        thresholds=(Threshold(value=1, tone="watch"),),
+        watch_from=1,
         width=2,
     ),
     Panel(
@@ -92,7 +92,7 @@ FINDINGS: Final = Panel(
     answers="What did the detectors find, and why? Open episodes first, then by severity.",
     kind="table",
     sql="""
-        SELECT severity, last_seen, detector, summary, entity_kind, entity_id, state, uid, evidence_offsets,
+        SELECT severity, last_seen, detector, summary, entity_kind, entity_id, model, state, uid, evidence_offsets,
             length(evidence_event_ids) AS samples
         FROM findings_now
         WHERE $tenant AND (state != 'close' OR (last_seen >= $from AND first_seen < $to))
@@ -109,6 +109,7 @@ FINDINGS: Final = Panel(
         Column(column="state", label="State", shown="state"),
     ),
     width=8,
+    rows=10,
     empty="No findings in this time range, and none open.",
 )
 PROCESSES: Final = Panel(
@@ -132,13 +133,14 @@ PROCESSES: Final = Panel(
         Column(column="role", label="Process"),
         Column(column="state", label="State", shown="process"),
         Column(column="lag", label="Lag", shown="number"),
-        Column(column="delay_s", label="Behind", shown="span", unit="s"),
+        Column(column="delay_s", label="Behind", shown="span", unit="s", watch_from=30),
         Column(column="late", label="Late", shown="number"),
-        Column(column="drops", label="Dropped", shown="number"),
+        Column(column="drops", label="Dropped", shown="number", watch_from=1),
         Column(column="at", label="Last word", shown="time"),
         Column(column="version", label="Version"),
     ),
     width=4,
+    rows=12,
     empty="No process has reported yet.",
 )
 PLOTS: Final = (
@@ -238,6 +240,21 @@ PLOTS: Final = (
             """,
         series=(Series(column="tokens_out", label="out", tone="c2"), Series(column="tokens_in", label="in", tone="c1")),
         detectors=("token_length", "cost", "extraction"),
+    ),
+    Panel(
+        name="token_time",
+        title="Time per output token",
+        answers="How fast does the engine write, once it writes?",
+        kind="timeseries",
+        unit="ms",
+        sql="""
+            SELECT $bucket AS time, quantileExact(0.99)(ms_per_output_token) AS p99,
+                quantileExact(0.5)(ms_per_output_token) AS p50
+            FROM $events AND $answered AND ms_per_output_token IS NOT NULL
+            GROUP BY time ORDER BY time
+            """,
+        series=(Series(column="p99", label="p99", tone="c2"), Series(column="p50", label="p50", tone="c1")),
+        detectors=("latency",),
     ),
     Panel(
         name="completion_length",

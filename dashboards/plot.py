@@ -5,7 +5,7 @@ SVG that stretches (strokes do not), text and marks in the outer one, which keep
 behind a plot stand beside it in a table, for screen readers and for the read-out under the cursor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +35,7 @@ class Mark:
     """A finding on the time axis."""
 
     uid: str
+    detector: str
     severity: str
     text: str
     first_ms: float
@@ -67,7 +68,7 @@ def draw(
     stacked: bool = False,
     limits: Sequence[Limit] = (),
     marks: Sequence[Mark] = (),
-    mark_address: str = "/finding/",
+    link: Callable[[str], str] = "/finding/{}".format,
 ) -> Markup:
     """The whole figure: value axis, plot, marks, time axis, and the table of its numbers."""
     steps = ticks(top_of(lines, stacked=stacked, limits=limits) * HEADROOM)
@@ -94,7 +95,7 @@ def draw(
         },
         element("svg", {"class": "values", "aria-hidden": "true"}, (_value(step, top, unit) for step in steps)),
         element("div", {"class": "canvas"}, canvas, element("div", {"class": "cursor", "hidden": True})),
-        _marks(window, in_window, mark_address),
+        _marks(window, in_window, link),
         element("svg", {"class": "hours", "aria-hidden": "true"}, (_label(share, text) for share, text in hours)),
         numbers(window, lines, title=title, unit=unit),
     )
@@ -224,7 +225,7 @@ def _band(window: Window, mark: Mark) -> Markup:
     )
 
 
-def _marks(window: Window, marks: Sequence[Mark], address: str) -> Markup:
+def _marks(window: Window, marks: Sequence[Mark], link: Callable[[str], str]) -> Markup:
     """The findings in up to three lanes: a dot where each began, a line to where it was last seen, a link to it."""
     ends = [-1.0] * MARK_LANES
     drawn = []
@@ -236,7 +237,7 @@ def _marks(window: Window, marks: Sequence[Mark], address: str) -> Markup:
         drawn.append(
             element(
                 "a",
-                {"href": address + mark.uid, "class": f"mark {mark.severity}", "data-finding": True},
+                {"href": link(mark.uid), "class": f"mark {mark.severity}", "data-finding": True},
                 element("title", None, shown(mark.text)),
                 element("line", {"x1": x1, "x2": x2, "y1": y, "y2": y}),
                 element("circle", {"cx": x1, "cy": y, "r": 3}),
