@@ -20,8 +20,9 @@ def add_api_key(file: Path | None, *, tenant: str, user: str, on_behalf: bool) -
     """
     if file is None:
         raise KeyProblem("no file for API keys is configured: set collector.identity.api_keys_file")
-    if not user.isprintable() or '"' in user or "\\" in user:
-        raise KeyProblem("a user's name has printable characters only, and neither quote nor backslash")
+    for name in (user, tenant):
+        if not name.isprintable() or '"' in name or "\\" in name:
+            raise KeyProblem("the name of a user or tenant has printable characters only, no quote and no backslash")
     secret, key_id, table = new_api_key(user=user, tenant=tenant, on_behalf=on_behalf)
     lines = [f"[{key_id}]", *(f"{name} = {_toml(value)}" for name, value in table.items()), "", ""]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ def main() -> int:
     marks = ["-m", "soak" if options.soak else "not soak"]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="inferwatch-tests-") as folder:
-        sessions = [start("analysis", Path(sys.executable), ["--ignore=tests/engine", *marks, *passed_on], Path(folder))]
+        analysis = ["--ignore=tests/engine", *marks, *passed_on]
+        sessions = [start("analysis", Path(sys.executable), analysis, Path(folder))]
         if ENGINE_PYTHON.exists():
             sessions.append(start("engine", ENGINE_PYTHON, ["tests/engine", *marks, *passed_on], Path(folder)))
         counted, sound = [], True
