@@ -19,7 +19,7 @@ stage 2, about 8 KB a key.
 """
 
 import math
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -27,7 +27,7 @@ from msgspec import Struct
 from collector.event import AuditEvent
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, contributors
-from detectors.entities import EntityTable
+from detectors.entities import Dump, EntityTable
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Severity, Statistic
 from detectors.prompts import Prompt, prompt_of, seen_before
 from detectors.rollup import Cell, Sample, earliest, first, merge_offsets
@@ -329,8 +329,8 @@ def _effective(counted: dict[str, int]) -> float:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_Dump = tuple[list[tuple[str, int, Blocked]], list[tuple[str, int, Blocked]], dict[str, int]]
-_users_decoder = msgspec.msgpack.Decoder(_Dump)
+_Users: TypeAlias = Dump[Blocked]
+_users_decoder = msgspec.msgpack.Decoder(_Users)
 _keys_decoder = msgspec.msgpack.Decoder(tuple[dict[str, KeyState], int])
 
 DETECTOR: Final = Detector(

@@ -1,13 +1,13 @@
 """All detectors, in order of name. A new one is added here and nowhere else."""
 
-from detectors import block_rate, coverage
+from detectors import block_rate, coverage, latency, probing, token_length
 from detectors.config import DetectConfig
 from detectors.detector import Card, Detector
 
 
 def detectors() -> tuple[Detector, ...]:
     """Every detector there is."""
-    return (block_rate.DETECTOR, coverage.DETECTOR)
+    return (block_rate.DETECTOR, coverage.DETECTOR, latency.DETECTOR, probing.DETECTOR, token_length.DETECTOR)
 
 
 def enabled(config: DetectConfig) -> list[Detector]:

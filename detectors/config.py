@@ -85,7 +85,7 @@ class LatencyConfig(_Table):
     """Latency anomalies, tenant x model, standardised by prompt size and answer length."""
 
     enabled: bool = True
-    window_s: int = Field(60, ge=5, le=3_600, description="Shortest window compared with the baseline.")
+    window_s: int = Field(60, ge=2, le=3_600, description="Shortest window compared with the baseline.")
     min_calls: int = Field(60, ge=10, description="A window with fewer calls grows backwards, up to twelve windows.")
     ratio_min: float = Field(2.0, gt=1, description="Growth of the median (or of the 95th percentile) that matters.")
     increase_min_ms: float = Field(20.0, ge=0, description="Growth of the median in ms that matters.")
@@ -127,22 +127,15 @@ class TokenLengthConfig(_Table):
 
     enabled: bool = True
     baseline_calls_min: int = Field(100, ge=20, description="Completions of a model before any is judged.")
-    settle_s: int = Field(60, ge=1, description="Age from which completions enter the baseline.")
+    settle_s: int = Field(30, ge=1, description="Age from which completions enter the baseline.")
     shrink_calls: int = Field(
         50, ge=1, description="Weight of the model's whole distribution in that of one prompt x limit bucket."
     )
     tail_share: float = Field(
         0.1, gt=0, lt=0.5, description="Upper share of the distribution to which the tail is fitted."
     )
-    drift: float = Field(
-        1.5, gt=1, description="Subtracted from -ln p of each completion; a usual one has 1 on average."
-    )
-    gain_max: float = Field(10.0, gt=0, description="Most that one completion adds to the evidence.")
     half_life_s: int = Field(3_600, ge=60, description="Half-life of a user's evidence.")
     budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and tenant that the threshold aims at.")
-    candidates_max: int = Field(
-        32, ge=4, le=1_024, description="Longest completions a second and bucket that are judged."
-    )
     users_max: int = Field(50_000, ge=1, description="Users with evidence an engine.")
     keys_max: int = Field(4_096, ge=1, description="Buckets (tenant x model x prompt size x limit) an engine.")
 

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from typing import Generic, TypeVar
 
 State = TypeVar("State")
+Dump = tuple[list[tuple[str, int, State]], list[tuple[str, int, State]], dict[str, int]]
+"""An `EntityTable` as it goes into a snapshot: entries without evidence, entries with, counters."""
 
 
 class EntityTable(Generic[State]):
@@ -49,13 +51,13 @@ class EntityTable(Generic[State]):
             part.popitem(last=False)
             self.counters["evicted" if part is self._plain else "evicted_with_evidence"] += 1
 
-    def dump(self) -> tuple[list[tuple[str, int, State]], list[tuple[str, int, State]], dict[str, int]]:
+    def dump(self) -> Dump[State]:
         """What `load` takes, in order."""
         plain = [(key, moment_us, state) for key, (moment_us, state) in self._plain.items()]
         evident = [(key, moment_us, state) for key, (moment_us, state) in self._evident.items()]
         return plain, evident, self.counters
 
-    def load(self, dumped: tuple[list[tuple[str, int, State]], list[tuple[str, int, State]], dict[str, int]]) -> None:
+    def load(self, dumped: Dump[State]) -> None:
         """Goes on from a dump."""
         plain, evident, self.counters = dumped
         self._plain = OrderedDict((key, (moment_us, state)) for key, moment_us, state in plain)

@@ -1,0 +1,274 @@
+"""probing: a session, or a user over sessions, tries variations of a prompt until one passes.
+
+Method. A one-sided CUSUM of log-likelihood ratios on *distinct* prompts: how much likelier is this run of verdicts from
+a client of whom a quarter is blocked than from this client as it was on days before today? A prompt that the user sent
+before (equal digest, or MinHash similarity of at least .95) weighs nothing, so a retried or re-sent prompt is no
+evidence. Evidence fades with a half-life of 24 h, so one an hour still adds up. Threshold 13.3: measured in simulation,
+0.01 % of benign sessions. Sources: E. S. Page, Biometrika 41, 1954; A. Wald, "Sequential Analysis", 1947.
+
+A session is told first; its user only when no session of his is told, that is, when he spreads it over sessions.
+Without blocks there is no evidence: a guard that stops nothing lets this detector see nothing.
+
+Cold start. First day: every client is compared with an assumed 2 %, which costs about five times the false alarms (a
+red-team client, a cron job that is always blocked). First week: clients seen on few days are still close to that.
+
+Memory: about 200 bytes a user, 300 a session with evidence, and at most 16 prompts of 350 bytes a user with evidence.
+"""
+
+import math
+from typing import Final, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from collector.event import AuditEvent
+from detectors.config import DetectConfig
+from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, actor_entity, contributors
+from detectors.entities import Dump, EntityTable
+from detectors.finding import Entity, Statistic
+from detectors.prompts import Prompt, prompt_of, seen_before
+from detectors.rollup import Sample, Signal, earliest
+from detectors.time import SECOND_US, Taken
+
+NAME: Final = "probing"
+DAY_US: Final = 86_400 * SECOND_US
+SESSION_TOLD_US: Final = 3_600 * SECOND_US
+"""How long a told session keeps its user from being told for the same thing."""
+COLD_START: Final = "Few prompts on earlier days: compared with an assumed block rate."
+SUM_MAX: Final = 3.0
+"""Most evidence kept, in thresholds: how long an episode can outlast its last block is bounded."""
+
+
+class Suspicion(Struct):
+    """The evidence against a session or a user, since it was last zero."""
+
+    sum: float = 0.0
+    last_us: int = 0
+    start_us: int = 0
+    prompts: int = 0
+    distinct: int = 0
+    blocked: int = 0
+    samples: list[Sample] = []
+    first_offset: int = 0
+    last_offset: int = 0
+
+
+class Client(Struct):
+    """A user: his past, and the evidence against him and his sessions."""
+
+    day: int
+    past_prompts: int = 0
+    past_blocks: int = 0
+    today_prompts: int = 0
+    today_blocks: int = 0
+    whole: Suspicion | None = None
+    sessions: dict[str, Suspicion] = {}
+    known: list[Prompt] = []
+    session_told_us: int = 0
+
+
+SESSIONS_MAX: Final = 32
+"""Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
+
+
+class ProbingOne(StageOne):
+    """All of it: a user's requests are all in one partition."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config.probing
+        self._clients: EntityTable[Client] = EntityTable(self._config.entities_max, self._config.idle_s * SECOND_US)
+        self._signals: dict[str, Signal] = {}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._clients.counters | {"clients": len(self._clients)}
+
+    def event(self, taken: Taken, cells: Cells) -> None:
+        event = taken.event
+        who = actor(event)
+        if not event.guardrail_results or not who:
+            return
+        name = f"{event.tenant}\n{who}"
+        client = self._clients.get(name)
+        day = taken.moment_us // DAY_US
+        if client is None:
+            client = Client(day)
+        elif day > client.day:
+            client.past_prompts += client.today_prompts
+            client.past_blocks += client.today_blocks
+            client.day, client.today_prompts, client.today_blocks = day, 0, 0
+        if client.whole is None and not event.blocked:
+            client.today_prompts += 1
+        else:
+            self._suspect(client, taken, cells.partition)
+        self._clients.put(name, taken.moment_us, client, evident=client.whole is not None)
+
+    def _suspect(self, client: Client, taken: Taken, partition: int) -> None:
+        event, moment_us = taken.event, taken.moment_us
+        prompt = prompt_of(event)
+        new = not seen_before(prompt, client.known, self._config.same_prompt)
+        if new:
+            client.known = [*client.known, prompt][-self._config.prompts_max :]
+            client.today_prompts += 1
+            client.today_blocks += event.blocked
+        gain = self._gain(client, blocked=event.blocked) if new else 0.0
+        client.whole = self._step(client.whole, taken, gain, new=new)
+        if event.session_id:
+            session = self._step(client.sessions.pop(event.session_id, None), taken, gain, new=new)
+            if session is not None:
+                client.sessions[event.session_id] = session
+        if client.whole is None:
+            client.known, client.sessions = [], {}
+        elif len(client.sessions) > SESSIONS_MAX:
+            del client.sessions[min(client.sessions, key=lambda name: (client.sessions[name].sum, name))]
+        if new and event.blocked:
+            self._tell(client, event, moment_us, partition)
+
+    def _rate(self, client: Client) -> float:
+        """The client's own block rate on days before today, at least the assumed one."""
+        config = self._config
+        blocks = client.past_blocks + config.prior_rate * config.prior_prompts
+        return max(config.prior_rate, blocks / (client.past_prompts + config.prior_prompts))
+
+    def _gain(self, client: Client, *, blocked: bool) -> float:
+        usual = min(self._rate(client), 0.9)
+        attack = min(max(self._config.attack_rate, 2.5 * usual), 0.95)
+        return math.log(attack / usual) if blocked else math.log((1 - attack) / (1 - usual))
+
+    def _step(self, suspicion: Suspicion | None, taken: Taken, gain: float, *, new: bool) -> Suspicion | None:
+        """The evidence after this request; None when it is back to nothing."""
+        event, moment_us = taken.event, taken.moment_us
+        if suspicion is None:
+            if gain <= 0:
+                return None
+            suspicion = Suspicion(last_us=moment_us, start_us=moment_us, first_offset=taken.offset)
+        fade = 0.5 ** ((moment_us - suspicion.last_us) / (self._config.half_life_s * SECOND_US))
+        suspicion.sum = min(suspicion.sum * fade + gain, SUM_MAX * self._config.threshold)
+        if suspicion.sum <= 0:
+            return None
+        suspicion.last_us, suspicion.last_offset = moment_us, taken.offset
+        suspicion.first_offset = min(suspicion.first_offset, taken.offset)
+        suspicion.prompts += 1
+        suspicion.distinct += new
+        if event.blocked:
+            suspicion.blocked += 1
+            suspicion.samples = earliest([*suspicion.samples, (moment_us, event.event_id)])
+        return suspicion
+
+    def _tell(self, client: Client, event: AuditEvent, moment_us: int, partition: int) -> None:
+        threshold = self._config.threshold
+        session = client.sessions.get(event.session_id)
+        if session is not None and session.sum >= threshold:
+            client.session_told_us = moment_us
+            entity = Entity(kind="session", id=f"{actor(event)}/{event.session_id}")
+            self._signal(client, session, entity, event, partition)
+            return
+        told = client.session_told_us and moment_us - client.session_told_us <= SESSION_TOLD_US
+        if not told and client.whole is not None and client.whole.sum >= threshold:
+            self._signal(client, client.whole, actor_entity(actor(event)), event, partition)
+
+    def _signal(self, client: Client, seen: Suspicion, entity: Entity, event: AuditEvent, partition: int) -> None:
+        key = f"{entity.kind}\n{entity.id}"
+        rate = self._rate(client)
+        self._signals[f"{event.tenant}\n{key}"] = Signal(
+            partition=partition,
+            second=seen.last_us // SECOND_US,
+            tenant=event.tenant,
+            kind=NAME,
+            key=key,
+            entity=entity,
+            model=event.model_version,
+            first_seen_us=seen.start_us,
+            last_seen_us=seen.last_us,
+            observed_milli=round(seen.sum * 1_000),
+            baseline_milli=0,
+            counts={
+                "prompts": seen.prompts,
+                "distinct": seen.distinct,
+                "blocks": seen.blocked,
+                "own_rate_ppm": round(rate * 1e6),
+                "past_prompts": client.past_prompts,
+            },
+            samples=list(seen.samples),
+            first_offset=seen.first_offset,
+            last_offset=seen.last_offset,
+        )
+
+    def close(self, second: int) -> list[Signal]:  # noqa: ARG002 every signal carries its second
+        signals = [self._signals[key] for key in sorted(self._signals)]
+        self._signals = {}
+        return signals
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode(self._clients.dump())
+
+    def restore(self, raw: bytes) -> None:
+        self._clients.load(_decoder.decode(raw))
+
+
+class ProbingTwo(StageTwo):
+    """Makes an alarm of each signal."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config.probing
+
+    def signal(self, signal: Signal) -> list[Alarm]:
+        counts, threshold = signal.counts, self._config.threshold
+        evidence = signal.observed_milli / 1_000
+        cold = counts["past_prompts"] < self._config.prior_prompts
+        span_s = (signal.last_seen_us - signal.first_seen_us) // SECOND_US + 1
+        who = "Session" if signal.entity.kind == "session" else "Client"
+        user = signal.entity.id.partition("/")[0]
+        usual = "an unknown client is assumed to have" if cold else "this client had before today"
+        return [
+            Alarm(
+                tenant=signal.tenant,
+                entity=signal.entity,
+                model=signal.model,
+                at_us=(signal.second + 1) * SECOND_US,
+                first_seen_us=signal.first_seen_us,
+                last_seen_us=signal.last_seen_us,
+                severity="high" if evidence >= 1.5 * threshold else "medium",
+                confidence="medium" if cold else "high",
+                statistic=Statistic(
+                    name="log-likelihood ratio of distinct prompts",
+                    observed=evidence,
+                    baseline=0.0,
+                    threshold=threshold,
+                    unit="nats",
+                    improbability=round(evidence / math.log(10), 2),
+                ),
+                counts=counts,
+                summary=(
+                    f"{who} {signal.entity.id} sent {counts['distinct']} different prompts in {span_s} s, and guards"
+                    f" blocked {counts['blocks']} requests; {usual} {counts['own_rate_ppm'] / 1e4:.1f} % blocked"
+                ),
+                offsets={signal.partition: (signal.first_offset, signal.last_offset)},
+                samples=signal.samples,
+                contributors=contributors({user: counts["blocks"]}, "blocked requests", 1),
+                cold_start=COLD_START if cold else "",
+            )
+        ]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_Clients: TypeAlias = Dump[Client]
+_decoder = msgspec.msgpack.Decoder(_Clients)
+
+DETECTOR: Final = Detector(
+    card=Card(
+        name=NAME,
+        version="1",
+        atlas=["AML.T0051.000", "AML.T0054", "AML.T0040"],
+        owasp=["LLM01"],
+        runbook=[
+            "Did a prompt pass right after the blocked ones? Look at this session's answered requests first.",
+            "Is it a red-team job, a test or a cron job of your own? Then acknowledge it; its past is learned.",
+            "Look for the same prompt family from other users: one attacker may hold several accounts.",
+        ],
+        lookback_s=86_400,
+    ),
+    enabled=lambda config: config.probing.enabled,
+    stage_one=ProbingOne,
+    stage_two=ProbingTwo,
+)

@@ -1,0 +1,327 @@
+"""token_length: completions longer than their kind has been so far, by one user again and again.
+
+Method. For each completion the chance p of one at least as long, given model, prompt size and max_tokens: the bucket's
+own counts, shrunk to the model's whole distribution, whose upper tenth is continued by an exponential tail in
+ln(tokens) (a Pareto tail; peaks over threshold, J. Pickands, Annals of Statistics 3, 1975): counts alone can't go below
+one in the bucket's size. A completion rarer than 1 in 1,000 is evidence of -ln(1000 p), at most 5, so that one freak is
+never enough; each completion of the user costs .01, and evidence halves in an hour. For exponential gains at that rate
+and cost a CUSUM reaches h with a chance of exp(-.9 h), so h = ln(completions a week / 1000 / false alarms a week) / .9.
+Lengths within a conversation go together (Spearman .62), so p-values are capped, not multiplied out. The finding is
+never more than medium on its own: length alone finds half of the attacks at a precision of .6 (prevalence .1 %).
+
+Cold start. Nothing before 100 completions of the model. First day: a new kind of honest work with long answers is told
+once, and learned a day later. Long only; many users with one long completion each are not seen.
+
+Memory: about 2 KB a bucket, 200 bytes a user with evidence.
+"""
+
+import math
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from detectors.config import DetectConfig
+from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, actor_entity, contributors
+from detectors.entities import Dump, EntityTable
+from detectors.finding import Statistic
+from detectors.histogram import Histogram, at_least, bucket_of, halve, lower_edge, total
+from detectors.rollup import Cell, Sample, add_all, earliest, merge_offsets
+from detectors.time import SECOND_US, Taken
+
+NAME: Final = "token_length"
+RARE: Final = 1e-3
+GAIN_MAX: Final = 5.0
+COST: Final = 0.01
+EXPONENT: Final = 0.9
+"""Solves E[exp(x gain)] = 1 for gains of Exp(1) with chance 1/1000 less .01: 1 / (1 - x) = 10."""
+WEEK_S: Final = 7 * 86_400
+COMPLETIONS_A_WEEK_MIN: Final = 10_000.0
+CHUNK_S: Final = 10
+ADOPT_S: Final = 86_400
+"""Age at which even rare completions enter the baseline."""
+BASELINE_MAX: Final = 200_000
+RARE_MAX: Final = 4_096
+"""Rare completions that wait to be adopted, a model; beyond that the oldest is dropped."""
+TAIL_PRIOR: Final = 0.5
+TAIL_PRIOR_CALLS: Final = 5
+TAIL_SCALE_MIN: Final = 0.2
+"""The tail is taken to be at least this heavy: a Pareto exponent of five."""
+
+
+class TokenLengthOne(StageOne):
+    """Counts lengths; the longest of a second go along with whose they are."""
+
+    def event(self, taken: Taken, cells: Cells) -> None:
+        event = taken.event
+        if event.status != "ok" or not event.response_tokens:
+            return
+        tokens = event.response_tokens // max(event.n, 1)
+        limit = event.max_tokens.bit_length()
+        key = f"{event.model_version}\n{event.prompt_tokens.bit_length() // 2}.{limit}"
+        cell = cells.cell(event.tenant, NAME, key, taken.offset)
+        user = actor(event)
+        cell.count("completions")
+        cell.bucket("tokens", bucket_of(tokens))
+        cell.weigh("completions", user, 1)
+        cell.extremes.append((tokens, user, event.event_id))
+
+
+class Tail(Struct):
+    """The model's whole distribution beyond its upper tenth: P(ln tokens > ln edge + x) = share exp(-x / scale)."""
+
+    edge: int
+    share: float
+    scale: float
+
+
+class Chunk(Struct):
+    """Ten seconds of lengths that wait to be learned."""
+
+    index: int
+    buckets: dict[str, Histogram]
+
+
+class ModelState(Struct):
+    """What is known of one tenant x model."""
+
+    first_s: int
+    completions: int = 0
+    buckets: dict[str, Histogram] = {}
+    whole: Histogram = {}
+    tail: Tail | None = None
+    waiting: list[Chunk] = []
+    rare: list[tuple[int, str, int]] = []
+    """(second, bucket key, length bucket) of rare completions, not learned for a day."""
+
+
+class Evidence(Struct):
+    """A user's rare completions."""
+
+    sum: float
+    start_us: int
+    last_us: int
+    count: int = 0
+    longest: int = 0
+    tokens: int = 0
+    samples: list[Sample] = []
+    offsets: dict[int, tuple[int, int]] = {}
+
+
+class TokenLengthTwo(StageTwo):
+    """Judges the longest completions of each merged second."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config.token_length
+        self._models: dict[str, ModelState] = {}
+        self._users: EntityTable[Evidence] = EntityTable(
+            self._config.users_max, 16 * self._config.half_life_s * SECOND_US
+        )
+        self._refused_keys = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._users.counters | {
+            "models": len(self._models),
+            "buckets": sum(len(model.buckets) for model in self._models.values()),
+            "users": len(self._users),
+            "refused_keys": self._refused_keys,
+        }
+
+    def second(self, second: int, cells: list[tuple[str, str, Cell]]) -> list[Alarm]:
+        alarms: dict[str, Alarm] = {}
+        for tenant, key, cell in cells:
+            name, _, bucket_key = key.partition("\n")
+            model = self._models.get(f"{tenant}\n{name}")
+            if model is None:
+                if len(self._models) >= self._config.keys_max:
+                    self._refused_keys += 1
+                    continue
+                model = self._models[f"{tenant}\n{name}"] = ModelState(first_s=second)
+            self._settle(model, second)
+            model.completions += cell.counts["completions"]
+            lengths = dict(cell.histograms["tokens"])
+            for alarm in self._judge(model, second, (tenant, name, bucket_key), cell, lengths):
+                alarms[alarm.entity.id] = alarm
+            self._wait(model, second, bucket_key, lengths)
+        return [alarms[user] for user in sorted(alarms)]
+
+    def _judge(
+        self, model: ModelState, second: int, where: tuple[str, str, str], cell: Cell, lengths: Histogram
+    ) -> list[Alarm]:
+        """Adds up evidence; takes rare completions out of `lengths`, so that they are not learned at once."""
+        tenant, name, bucket_key = where
+        alarms = []
+        told: dict[str, Evidence] = {}
+        for tokens, user, event_id in cell.extremes:
+            chance = self._chance(model, bucket_key, tokens)
+            if chance >= RARE:
+                break
+            bucket = bucket_of(tokens)
+            lengths[bucket] -= 1
+            model.rare = [*model.rare, (second, bucket_key, bucket)][-RARE_MAX:]
+            if user:
+                gain = min(-math.log(chance / RARE), GAIN_MAX)
+                told[user] = self._add(f"{tenant}\n{name}\n{user}", second, (gain, tokens, event_id), cell)
+        for user, count in cell.weights["completions"].items():
+            evidence = told.get(user) or self._users.get(f"{tenant}\n{name}\n{user}")
+            if evidence is not None:
+                evidence.sum -= COST * count
+        threshold = self._threshold(model, second)
+        for user, evidence in told.items():
+            if evidence.sum >= threshold:
+                alarms.append(self._alarm(model, evidence, second, (tenant, name, user), threshold))
+        return alarms
+
+    def _add(self, name: str, second: int, rare: tuple[float, int, str], cell: Cell) -> Evidence:
+        gain, tokens, event_id = rare
+        moment_us = second * SECOND_US
+        past = self._users.get(name)
+        evidence = past if past is not None and past.sum > 0 else Evidence(0.0, moment_us, moment_us)
+        evidence.sum *= 0.5 ** ((moment_us - evidence.last_us) / (self._config.half_life_s * SECOND_US))
+        evidence.sum += gain
+        evidence.last_us = moment_us
+        evidence.count += 1
+        evidence.tokens += tokens
+        evidence.longest = max(evidence.longest, tokens)
+        evidence.samples = earliest([*evidence.samples, (moment_us, event_id)])
+        evidence.offsets = dict(evidence.offsets)
+        merge_offsets(evidence.offsets, cell.offsets)
+        self._users.put(name, moment_us, evidence, evident=True)
+        return evidence
+
+    def _chance(self, model: ModelState, bucket_key: str, tokens: int) -> float:
+        """P(a completion at least this long), 1 where too little is known."""
+        tail = model.tail
+        if tail is None:
+            return 1.0
+        if tokens > tail.edge:
+            whole = tail.share * math.exp(-math.log(tokens / tail.edge) / tail.scale)
+        else:
+            whole = (at_least(model.whole, bucket_of(tokens)) + 0.5) / (total(model.whole) + 1)
+        own = model.buckets.get(bucket_key, {})
+        shrink = self._config.shrink_calls
+        return (at_least(own, bucket_of(tokens)) + shrink * whole) / (total(own) + shrink)
+
+    def _threshold(self, model: ModelState, second: int) -> float:
+        a_week = max(model.completions / max(second - model.first_s + 1, 60) * WEEK_S, COMPLETIONS_A_WEEK_MIN)
+        return max(math.log(RARE * a_week / self._config.budget_per_week) / EXPONENT, 2 * GAIN_MAX)
+
+    def _wait(self, model: ModelState, second: int, bucket_key: str, lengths: Histogram) -> None:
+        index = second // CHUNK_S
+        if not model.waiting or model.waiting[-1].index != index:
+            model.waiting.append(Chunk(index, {}))
+        add_all(model.waiting[-1].buckets.setdefault(bucket_key, {}), lengths)
+
+    def _settle(self, model: ModelState, second: int) -> None:
+        """What is old enough is learned, and the tail fitted anew."""
+        learned = False
+        while model.waiting and (model.waiting[0].index + 1) * CHUNK_S <= second - self._config.settle_s:
+            for key, lengths in model.waiting.pop(0).buckets.items():
+                self._learn(model, key, lengths)
+                learned = True
+        while model.rare and model.rare[0][0] <= second - ADOPT_S:
+            _, key, bucket = model.rare.pop(0)
+            self._learn(model, key, {bucket: 1})
+            learned = True
+        if learned:
+            model.tail = self._fit(model.whole)
+
+    def _learn(self, model: ModelState, key: str, lengths: Histogram) -> None:
+        if key not in model.buckets and len(model.buckets) >= self._config.keys_max:
+            self._refused_keys += 1
+        else:
+            add_all(model.buckets.setdefault(key, {}), lengths)
+            if total(model.buckets[key]) > BASELINE_MAX:
+                model.buckets[key] = halve(model.buckets[key])
+        add_all(model.whole, lengths)
+        if total(model.whole) > BASELINE_MAX:
+            model.whole = halve(model.whole)
+
+    def _fit(self, whole: Histogram) -> Tail | None:
+        count = total(whole)
+        if count < self._config.baseline_calls_min:
+            return None
+        above = 0
+        edge_bucket = max(whole)
+        for bucket in sorted(whole, reverse=True):
+            if above + whole[bucket] > self._config.tail_share * count and above:
+                break
+            above += whole[bucket]
+            edge_bucket = bucket
+        edge = max(lower_edge(edge_bucket), 1)
+        excess = math.fsum(
+            n * math.log(lower_edge(bucket + 1) / edge) for bucket, n in sorted(whole.items()) if bucket >= edge_bucket
+        )
+        scale = (excess + TAIL_PRIOR * TAIL_PRIOR_CALLS) / (above + TAIL_PRIOR_CALLS)
+        return Tail(edge, (above + 0.5) / (count + 1), max(scale, TAIL_SCALE_MIN))
+
+    def _alarm(
+        self, model: ModelState, evidence: Evidence, second: int, where: tuple[str, str, str], threshold: float
+    ) -> Alarm:
+        tenant, name, user = where
+        edge = model.tail.edge if model.tail is not None else 0
+        span_s = (evidence.last_us - evidence.start_us) // SECOND_US + 1
+        cold = second - model.first_s < ADOPT_S
+        return Alarm(
+            tenant=tenant,
+            entity=actor_entity(user),
+            model=name,
+            at_us=(second + 1) * SECOND_US,
+            first_seen_us=evidence.start_us,
+            last_seen_us=evidence.last_us + SECOND_US,
+            severity="low" if cold else "medium",
+            confidence="low" if cold else "medium",
+            statistic=Statistic(
+                name="rare completion lengths",
+                observed=round(evidence.sum, 3),
+                baseline=0.0,
+                threshold=round(threshold, 3),
+                unit="nats",
+                improbability=round(EXPONENT * evidence.sum / math.log(10), 2),
+            ),
+            counts={
+                "completions": evidence.count,
+                "tokens": evidence.tokens,
+                "longest_tokens": evidence.longest,
+                "usual_p90_tokens": edge,
+                "baseline_completions": total(model.whole),
+            },
+            summary=(
+                f"User {user} got {evidence.count} completions of up to {evidence.longest} tokens in {span_s} s,"
+                f" each rarer than 1 in 1,000; nine in ten of this model's are below {edge} tokens"
+            ),
+            offsets=evidence.offsets,
+            samples=evidence.samples,
+            contributors=contributors({user: evidence.tokens}, "completion tokens", 1),
+            cold_start="Less than a day of baseline: new kinds of honest work look unusual." if cold else "",
+        )
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode((self._models, self._users.dump(), self._refused_keys))
+
+    def restore(self, raw: bytes) -> None:
+        self._models, users, self._refused_keys = _decoder.decode(raw)
+        self._users.load(users)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[Evidence], int])
+
+DETECTOR: Final = Detector(
+    card=Card(
+        name=NAME,
+        version="1",
+        atlas=["AML.T0024.002", "AML.T0034.001", "AML.T0057"],
+        owasp=["LLM10", "LLM02"],
+        runbook=[
+            "Does the user normally ask for long answers (reports, code)? Compare with the user's earlier days.",
+            "Did an output guard score these answers, or did they end with finish_reason=length? Then look for a dump.",
+            "Is the cost unusual too, and are other users sending the same prompt family?",
+        ],
+        lookback_s=3_600,
+    ),
+    enabled=lambda config: config.token_length.enabled,
+    stage_one=lambda _: TokenLengthOne(),
+    stage_two=TokenLengthTwo,
+)
