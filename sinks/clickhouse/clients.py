@@ -26,6 +26,8 @@ Client = Any
 """A client of clickhouse-connect, which publishes no types."""
 
 _CRASH_SIGNALS: Final = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGTSTP")
+DATABASE: Final = "inferwatch"
+"""Where the tables are in a chDB folder; a server's database is named in its URL."""
 _WRITE_TIMEOUT_S: Final = 300
 _MIB: Final = 1024 * 1024
 
@@ -59,8 +61,27 @@ def open_clients(config: StoreConfig) -> tuple[Client, list[Client]]:
     if folder is None:
         return _open_server(config)
     prepare_process()
-    writer = _open_folder(folder, config)
-    return writer, [_limit(_open_folder(folder, config), config) for _ in range(config.readers)]
+    first = _open_folder(folder, config, None)
+    try:
+        _close_overlay(first, folder)
+        writer = _open_folder(folder, config, DATABASE)
+        return writer, [_limit(_open_folder(folder, config, DATABASE), config) for _ in range(config.readers)]
+    finally:
+        first.close()
+
+
+def _close_overlay(client: Client, folder: Path) -> None:
+    """Makes our database, and replaces chDB's `default`, in which a table's name may be the path of any file.
+
+    chDB brings that back at every start. Raises `StoreError` where somebody keeps tables in it.
+    """
+    client.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE} ENGINE = Atomic")
+    if client.command("SELECT engine FROM system.databases WHERE name = 'default'") != "Overlay":
+        return
+    if client.command("SELECT count() FROM system.tables WHERE database = 'default'"):
+        raise StoreError(f"the chDB folder {folder} holds tables of another program: give the store its own folder")
+    client.command("DROP DATABASE default SYNC")
+    client.command("CREATE DATABASE default ENGINE = Atomic")
 
 
 def prepare_process() -> None:
@@ -82,7 +103,7 @@ def prepare_process() -> None:
     faulthandler.enable(file=2)
 
 
-def _open_folder(folder: Path, config: StoreConfig) -> Client:
+def _open_folder(folder: Path, config: StoreConfig, database: str | None) -> Client:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o750)
     except OSError as error:
@@ -90,7 +111,12 @@ def _open_folder(folder: Path, config: StoreConfig) -> Client:
     options = {"max_server_memory_usage": config.memory_max_mb * _MIB}
     try:
         return clickhouse_connect.get_client(
-            interface="chdb", path=str(folder), chdb_options=options, tz_mode="aware", settings=_write_settings(config)
+            interface="chdb",
+            path=str(folder),
+            database=database,
+            chdb_options=options,
+            tz_mode="aware",
+            settings=_write_settings(config),
         )
     except ClickHouseError as error:
         pid = owner_pid(folder)
