@@ -15,7 +15,6 @@ from collector.kafka import (
     AIOKafkaConsumer,
     ConsumerRecord,
     KafkaConfig,
-    KafkaError,
     TopicPartition,
     ensure_topics,
     make_consumer,
@@ -23,7 +22,7 @@ from collector.kafka import (
 )
 from detectors.finding import Finding
 from sinks.config import DeliveryConfig, SinksConfig
-from sinks.delivery import Delivery, Sink
+from sinks.delivery import Delivery, Sink, describe
 from sinks.registry import build_sinks
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters, Unusable
@@ -53,12 +52,12 @@ class Outlet:
         """Where the findings being delivered came from."""
 
     async def run(self) -> None:
-        """Delivers until cancelled; an error of Kafka's or of the dead letter's starts it again from the last commit."""
+        """Delivers until cancelled. Whatever goes wrong, it starts again from the last commit."""
         while True:
             try:
                 await self._deliver_all()
-            except (KafkaError, OSError) as error:
-                log.warning("delivery starts again", sink=self.name, error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001  # one sink's trouble must not end the others
+                log.warning("delivery starts again", sink=self.name, error=describe(error))
                 await asyncio.sleep(RESTART_DELAY_S)
 
     async def _deliver_all(self) -> None:
@@ -74,11 +73,12 @@ class Outlet:
         )
         try:
             await consumer.start()
-            self._consumer = consumer
+            self._consumer, self._done = consumer, {}
             while True:
                 fetched = await consumer.getmany(timeout_ms=1000, max_records=self._streams.deliver_records_max)
+                for tp in consumer.assignment() - self._done.keys():
+                    self._done[tp] = await consumer.committed(tp) or 0
                 for tp, records in fetched.items():
-                    self._done[tp] = records[0].offset
                     await self._deliver(records)
                     self._done[tp] = records[-1].offset + 1
                     await commit(consumer, tp, records[-1].offset + 1)

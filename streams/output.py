@@ -39,7 +39,7 @@ class Outgoing(NamedTuple):
 
 
 class Output:
-    """A topic and its producer. `write` returns when everything is acknowledged. One task at a time."""
+    """A topic and its producer. `write` returns when everything is acknowledged; several tasks take turns."""
 
     def __init__(self, kafka: KafkaConfig, topic: str, *, record_bytes_max: int = RECORD_BYTES_MAX) -> None:
         self.topic = topic
@@ -48,12 +48,17 @@ class Output:
         """Records too large for the topic."""
         self._kafka = kafka
         self._record_bytes_max = record_bytes_max
+        self._turn = asyncio.Lock()
         self._producer: AIOKafkaProducer | None = None
         self._writer: BatchWriter | None = None
 
     async def write(self, records: Sequence[Outgoing]) -> None:
         """Waits as long as the broker is away, and says so. Records over the size limit are left out and counted."""
         fitting = [record for record in records if self._fits(record)]
+        async with self._turn:
+            await self._write_all(fitting)
+
+    async def _write_all(self, fitting: Sequence[Outgoing]) -> None:
         delay_s = RETRY_DELAY_S
         while fitting:
             try:

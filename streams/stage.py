@@ -312,6 +312,6 @@ class StageWorker:
             totals={**self._totals, "written": self._target.written, "dead_letters": self._letters.count},
             levels={
                 "partitions": float(len(self._owned)),
-                **{k.replace(".", "_"): float(v) for k, v in counters.items()},
+                **{f"engine_{name.replace('.', '_')}": float(v) for name, v in counters.items()},
             },
         )

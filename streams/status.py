@@ -26,7 +26,7 @@ async def read_status(kafka: KafkaConfig, *, timeout_s: float = 10.0) -> list[di
         tps = [TopicPartition(kafka.topic("status"), partition) for partition in range(kafka.count("status"))]
         consumer.assign(tps)
         ends = await consumer.end_offsets(tps)
-        while any([await consumer.position(tp) < ends[tp] for tp in tps]):  # noqa: C419  # all must be asked
+        while any([await consumer.position(tp) < ends[tp] for tp in tps]):
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 _keep(newest, records)
     finally:
