@@ -7,6 +7,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from collector.guards.config import GuardsConfig
+from collector.routes import GateConfig
+
 MIB = 1024 * 1024
 
 
@@ -73,3 +76,5 @@ class CollectorConfig(BaseModel):
     identity: IdentityConfig = Field(IdentityConfig(), description="Keys, API keys and pseudonyms")
     journal: JournalConfig = Field(JournalConfig(), description="The journal on disk")
     publisher: PublisherConfig = Field(PublisherConfig(), description="Feeding Kafka from the journal")
+    guards: GuardsConfig = Field(GuardsConfig(), description="Which guards judge, and how")
+    gate: GateConfig = Field(GateConfig(), description="What passes the gate, and what becomes of blocked answers")

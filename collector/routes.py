@@ -111,6 +111,11 @@ class GateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    tenant: str = Field(
+        "default",
+        pattern="^[a-z0-9][a-z0-9_-]{0,62}$",
+        description="Whose key makes the pseudonyms of requests without a valid API key, or outside the gate.",
+    )
     open_routes: tuple[str, ...] = Field(
         ("/health",), max_length=8, description="Harmless GET routes that need no key, such as /metrics for a scraper."
     )
