@@ -42,6 +42,7 @@ _BLANK: Final[Mapping[str, Any]] = {
 """The fields an event must have, where the caller knows nothing better."""
 _LATENCY_MS_MAX: Final = 1e10
 
+_UNENCODABLE: Final = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 _BEGIN: Final = bytes((BEGIN,))
 _encoder = msgspec.json.Encoder()
 AnyRecordT = TypeVar("AnyRecordT", bound=events.Record)
@@ -73,7 +74,7 @@ class Begun(msgspec.Struct, frozen=True):
     key: str
     partition: int
     started_us: int
-    known: dict[str, Any]
+    known: Mapping[str, Any]
 
 
 class Counters:
@@ -151,9 +152,8 @@ class Book:
         self._closed = False
         self._drop_oldest = journal.drop_oldest
         self._deferred: deque[tuple[Ticket, type[AuditEvent], dict[str, Any]]] = deque()
-        # A forked child has the files but not the sender: what it wrote would mix with the parent's.
         alive = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: (book := alive()) and book.close())
+        os.register_at_fork(after_in_child=lambda: _abandon(alive()))
 
     @property
     def last_us(self) -> int:
@@ -168,6 +168,14 @@ class Book:
         """No more begins."""
         self._closed = True
 
+    def abandon(self) -> None:
+        """In a forked child, which has the files but not the sender: what it wrote would mix with the parent's.
+
+        The files are closed, else the parent's lock would outlive the parent.
+        """
+        self._section, self._closed, self.open = _Section(), True, {}
+        self.journal.close()
+
     def begin(self, key: str, partition: int, known: Mapping[str, object]) -> Ticket:
         """Journal that a request is about to be worked on.
 
@@ -177,11 +185,7 @@ class Book:
         if len(key) > KEY_CHARS_MAX:
             raise ValueError(f"a key has at most {KEY_CHARS_MAX} characters")
         ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
-        begun = Begun(ticket.event_id, key, partition, ticket.started_us, known)  # type: ignore[arg-type]  # only encoded
-        body = _BEGIN + _encoder.encode(begun)
-        if len(body) > KNOWN_BYTES_MAX:
-            body = _BEGIN + _encoder.encode(Begun(ticket.event_id, key, partition, ticket.started_us, {}))
-        ticket.body = body
+        body = ticket.body = _begin_body(ticket, key)
         with self._section:
             if self._closed:
                 raise Closed("the publisher is stopped: no request may begin")
@@ -242,18 +246,17 @@ class Book:
 
     def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, seq: int) -> bytes:
         """The event's bytes; an integrity record's where no reader would take them."""
-        raw = events.encode(event)
-        problem = "event too large"
-        if len(raw) + len(ticket.key) <= RECORD_BYTES_MAX:
-            try:
+        raw = b""
+        try:
+            raw = events.encode(event)
+            if len(raw) + len(ticket.key) <= RECORD_BYTES_MAX:
                 events.decode(raw)
-            except events.BadEvent:
-                problem = "event out of bounds"
-                self.counters.invalid += 1
-            else:
                 return raw
-        else:
             self.counters.oversized += 1
+            problem = "event too large"
+        except (events.BadEvent, *_UNENCODABLE):
+            self.counters.invalid += 1
+            problem = "event out of bounds"
         log.error("an audit event can't be sent as it is; an integrity record takes its place", problem=problem)
         return events.encode(self._integrity(problem, now_us, seq, subject_id=event.event_id, size_bytes=len(raw)))
 
@@ -335,6 +338,20 @@ class Book:
         self.journal.append(lane_body(partition, lane.seq, key, raw))
         lane.seq += 1
         lane.moved_s = self._monotonic()
+
+
+def _abandon(book: Book | None) -> None:
+    if book is not None:
+        book.abandon()
+
+
+def _begin_body(ticket: Ticket, key: str) -> bytes:
+    begun = (ticket.event_id, key, ticket.partition, ticket.started_us)
+    try:
+        body = _BEGIN + _encoder.encode(Begun(*begun, ticket.known))
+    except _UNENCODABLE:
+        body = b""
+    return body if 0 < len(body) <= KNOWN_BYTES_MAX else _BEGIN + _encoder.encode(Begun(*begun, {}))
 
 
 def _nothing() -> None:
