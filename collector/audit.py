@@ -1,0 +1,278 @@
+"""The auditor: turns requests into events. What the gate and the engine plugin share in one server process.
+
+Order of a request: judged, begun in the journal, worked on by the engine, its answer judged, its event in the journal,
+the last byte of the answer. Guarantee: what `open` returned an `Audit` for has exactly one event in the end; where the
+journal can't take a request, `Unaudited` is raised and it must not be worked on.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple, TypeVar
+
+import structlog
+
+from collector.answers import Answer
+from collector.context import Caller, Exchange, Judged, exchange
+from collector.event import Adapter, GuardResult, Stage, Status
+from collector.guards.stack import GuardStack
+from collector.identity import KeyRing, Pseudonyms
+from collector.prompt import PromptView, rendered_view
+from collector.publisher import Publisher, Ticket
+from collector.routes import GateConfig
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+STAGES: Final[tuple[Stage, ...]] = ("input", "retrieved", "tool", "output")
+
+
+class Blocked(Exception):
+    """A guard blocked the request. Its event is written."""
+
+
+class Unaudited(Exception):
+    """The request can't be audited, so it must not be answered. The message is for the client."""
+
+    def __init__(self) -> None:
+        super().__init__("The request can't be audited at the moment, so it is not answered. Try again later.")
+
+
+class EngineRequest(NamedTuple):
+    """What is known of an engine request before the engine sees it."""
+
+    operation: str
+    """generate or encode; the gate's operation goes before it."""
+    text: str | None
+    """The prompt as the engine reads it; None where it is no text (embeddings)."""
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    n: int = 1
+    stream: bool = False
+    adapter: Adapter | None = None
+
+    def __repr__(self) -> str:
+        return f"EngineRequest({self.operation}, {self.prompt_tokens} tokens)"
+
+
+class Timing(NamedTuple):
+    """What the engine measured of one request; None where it did not."""
+
+    ttft_ms: float | None = None
+    queue_ms: float | None = None
+    ms_per_output_token: float | None = None
+
+
+_UNTIMED: Final = Timing()
+
+
+class Audit:
+    """One engine request that was begun. `close` it once; later calls change nothing."""
+
+    __slots__ = ("_auditor", "_known", "_started_s", "_ticket", "closed", "first_token_s")
+
+    def __init__(self, auditor: "Auditor", ticket: Ticket, known: Mapping[str, object], started_s: float) -> None:
+        self._auditor, self._ticket, self._known, self._started_s = auditor, ticket, known, started_s
+        self.first_token_s = 0.0
+        self.closed = False
+
+    def saw_tokens(self) -> None:
+        """Tokens arrived: the first time counts where the engine measures none itself."""
+        if not self.first_token_s:
+            self.first_token_s = self._auditor.clock_s()
+
+    def judge(self, texts: Sequence[str]) -> tuple[list[GuardResult], bool]:
+        """The verdicts on an answer's texts and whether they block it. Blocking: run it in a thread."""
+        tenant = str(self._known["tenant"])
+        results = self._auditor.guards.judge([("output", text) for text in texts], tenant=tenant)
+        self._auditor.count_errors(results)
+        return results, self._auditor.guards.blocks(results, tenant=tenant)
+
+    def close(
+        self,
+        status: Status,
+        *,
+        answer: Answer | None = None,
+        verdicts: Sequence[GuardResult] = (),
+        timing: Timing = _UNTIMED,
+        reason: str = "",
+        http_status: int = 0,
+    ) -> None:
+        """Write the event. Raises `Unaudited` where that fails: then the answer must not leave."""
+        if self.closed:
+            return
+        fields: dict[str, object] = {
+            "status": status,
+            "blocked": status in ("blocked_input", "blocked_output"),
+            "reason": reason,
+            "http_status": http_status,
+            "latency_ms": max(0.0, (self._auditor.clock_s() - self._started_s) * 1000),
+        }
+        if answer is not None:
+            fields |= {"response_tokens": answer.token_count, "finish_reason": answer.finish_reason}
+        if verdicts:
+            judged = self._known["guardrail_results"]
+            assert isinstance(judged, list)  # noqa: S101 - set by `Auditor.open`, for the type checker
+            fields["guardrail_results"] = [*judged, *verdicts][:64]
+        if timing.ttft_ms is None and self.first_token_s:
+            timing = timing._replace(ttft_ms=(self.first_token_s - self._started_s) * 1000)
+        fields |= {name: max(0.0, value) for name, value in timing._asdict().items() if value is not None}
+        self._auditor.finish(self._ticket, fields)
+        self.closed = True
+
+
+class Auditor:
+    """Judges, begins, finishes and rejects. Thread-safe; holds no text beyond a call."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        guards: GuardStack,
+        pseudonyms: Mapping[str, Pseudonyms],
+        keys: KeyRing,
+        gate: GateConfig,
+        *,
+        model_version: str,
+        weights_digest: str = "",
+        workers: int = 2,
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`pseudonyms`: by tenant; `gate.tenant` and every tenant of `keys` must be among them.
+
+        `workers`: threads that judge, as many as the guards take requests at a time.
+        """
+        self.publisher, self.guards, self.keys, self.gate = publisher, guards, keys, gate
+        self.clock_s = clock_s
+        self._pseudonyms = pseudonyms
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
+        self._model = {"model_version": model_version, "weights_digest": weights_digest}
+        self.stages = frozenset(stage for stage in STAGES if guards.judge([(stage, "a")]))
+        """The stages that some guard judges."""
+
+    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """Run blocking work on one of the judging threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    def stop(self, timeout_s: float = 10) -> bool:
+        """Stop guards and publisher; False where Kafka has not all events yet and the next start sends them."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.guards.close()
+        return self.publisher.stop(timeout_s)
+
+    def caller(self, tenant: str, *, key_id: str = "", user: str = "", session: str = "", address: str = "") -> Caller:
+        """The pseudonyms of names and an address under the tenant's key."""
+        names = self._pseudonyms[tenant]
+        return Caller(
+            tenant=tenant,
+            user_id=names.user(user),
+            session_id=names.session(session),
+            key_id=key_id,
+            api_key=names.api_key(key_id),
+            client_address=names.address(address),
+            key_epoch=names.epoch,
+        )
+
+    def judge(self, view: PromptView, tenant: str) -> Judged:
+        """Verdicts and digests of one prompt. Takes as long as the guards do: run it in a thread where it can be."""
+        results: list[GuardResult] = []
+        if self.stages - {"output"}:
+            results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), tenant=tenant)
+            self.count_errors(results)
+        names, new = self._pseudonyms[tenant], view.new
+        digests = {
+            "turn_hash": names.digest(new),
+            "system_hash": names.digest(view.system),
+            "minhash": names.minhash(new),
+        }
+        return Judged(view, results, self.guards.blocks(results, tenant=tenant), digests)
+
+    def count_errors(self, results: Sequence[GuardResult]) -> None:
+        """Guards that failed are counted in the heartbeats."""
+        for result in results:
+            if result.decision == "error":
+                self.publisher.counters.guard_error(result.guard)
+
+    def open(self, request: EngineRequest) -> Audit:
+        """Begin one engine request. Raises `Blocked` where a guard blocked it, `Unaudited` where it can't be begun."""
+        at_hand = exchange.get()
+        caller = at_hand.caller if at_hand is not None else self.caller(self.gate.tenant)
+        started_s = at_hand.started_s if at_hand is not None and at_hand.started_s else self.clock_s()
+        judged = at_hand.judged(request.text) if at_hand is not None and request.text is not None else None
+        if judged is None:
+            judged = self.judge(rendered_view(request.text or ""), caller.tenant)
+        known = self._known(request, caller, judged, at_hand)
+        try:
+            ticket = self.publisher.begin(key=caller.key, known=known)
+        except Exception as error:  # noqa: BLE001 - whatever fails here, nothing goes on unaudited
+            raise _unaudited("a request can't be begun in the journal and is refused", error) from None
+        self.publisher.counters.engine_requests += 1
+        if at_hand is not None:
+            at_hand.engine_requests += 1
+        audit = Audit(self, ticket, known, started_s)
+        if judged.blocked:
+            audit.close("blocked_input", http_status=403, reason="guard")
+            raise Blocked
+        if request.text is None and self.stages - {"output"}:
+            audit.close("blocked_input", http_status=403, reason="unreadable")
+            raise Blocked
+        return audit
+
+    def _known(
+        self, request: EngineRequest, caller: Caller, judged: Judged, at_hand: Exchange | None
+    ) -> dict[str, object]:
+        known: dict[str, object] = {
+            **caller.fields(),
+            **self._model,
+            **judged.digests,
+            "prompt_hash": self._pseudonyms[caller.tenant].digest(request.text or ""),
+            "guardrail_results": list(judged.verdicts),
+            "view": judged.view.view,
+            "operation": request.operation,
+            "prompt_tokens": request.prompt_tokens,
+            "max_tokens": request.max_tokens,
+            "n": request.n,
+            "stream": request.stream,
+        }
+        if request.adapter is not None:
+            known["adapter"] = request.adapter
+        if at_hand is not None:
+            known["http_request_id"] = at_hand.http_request_id
+            known["route"] = at_hand.route
+            known["operation"] = at_hand.operation or request.operation
+        return known
+
+    def finish(self, ticket: Ticket, fields: Mapping[str, object]) -> None:
+        """Write the event of a ticket. Raises `Unaudited` where that fails."""
+        try:
+            self.publisher.finish(ticket, **fields)
+        except Exception as error:  # noqa: BLE001 - as above
+            raise _unaudited("an event can't be written to the journal and its answer is withheld", error) from None
+
+    def reject(self, at_hand: Exchange, *, reason: str, http_status: int, status: Status = "rejected") -> None:
+        """Write the event of an HTTP request that the engine never saw, once. Raises `Unaudited`."""
+        if at_hand.rejected:
+            return
+        latency_s = self.clock_s() - at_hand.started_s if at_hand.started_s else 0.0
+        try:
+            self.publisher.reject(
+                key=at_hand.caller.key,
+                **at_hand.caller.fields(),
+                **self._model,
+                status=status,
+                reason=reason,
+                http_status=http_status,
+                http_request_id=at_hand.http_request_id,
+                route=at_hand.route,
+                operation=at_hand.operation,
+                latency_ms=max(0.0, latency_s * 1000),
+            )
+        except Exception as error:  # noqa: BLE001 - as above
+            raise _unaudited("a rejection can't be written to the journal", error) from None
+        at_hand.rejected = True
+
+
+def _unaudited(what: str, error: Exception) -> Unaudited:
+    """Log what failed by the class of the error, never its message or trace: they may quote values."""
+    log.error(what, error=type(error).__name__)
+    return Unaudited()

@@ -1,0 +1,80 @@
+"""What the gate tells the engine plugin about the HTTP request at hand, carried by a context variable."""
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from collector.event import GuardResult
+from collector.prompt import PromptView
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asked: a tenant's name and pseudonyms, empty where nothing is known."""
+
+    tenant: str
+    user_id: str = ""
+    session_id: str = ""
+    key_id: str = ""
+    api_key: str = ""
+    client_address: str = ""
+    key_epoch: str = ""
+
+    @property
+    def key(self) -> str:
+        """The Kafka key of the caller's events: user, else API key, else address."""
+        return self.user_id or self.api_key or self.client_address
+
+    def fields(self) -> dict[str, object]:
+        """As fields of an event."""
+        return {
+            "tenant": self.tenant,
+            "user_id": self.user_id,
+            "session_id": self.session_id,
+            "key_id": self.key_id,
+            "api_key": self.api_key,
+            "client_address": self.client_address,
+            "key_epoch": self.key_epoch,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One prompt with its verdicts and digests."""
+
+    view: PromptView = field(repr=False)
+    verdicts: Sequence[GuardResult]
+    blocked: bool
+    digests: Mapping[str, str]
+    """turn_hash, system_hash and minhash."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request on its way through."""
+
+    http_request_id: str
+    caller: Caller
+    route: str = "unlisted"
+    operation: str = ""
+    started_s: float = 0.0
+    """When its body had been read, on the performance counter: what the client takes to send it is not our latency."""
+    prompts: Sequence[Judged] = ()
+    engine_requests: int = 0
+    """Engine requests that were begun for it; each has its event."""
+    rejected: bool = False
+    client_gone: bool = False
+
+    def judged(self, rendered: str) -> Judged | None:
+        """The gate's verdict on the engine request at hand, or None where it gave none on this very prompt.
+
+        The server makes engine requests in the order of the prompts in the body.
+        """
+        place = self.engine_requests
+        if place < len(self.prompts) and self.prompts[place].view.within(rendered):
+            return self.prompts[place]
+        return None
+
+
+exchange: ContextVar[Exchange | None] = ContextVar("inferwatch_exchange", default=None)
+"""The HTTP request that the running task works for; None outside the gate."""

@@ -1,0 +1,282 @@
+"""The gate: an ASGI middleware outside everything the server has. Nobody gets in without a key, and no refusal is lost.
+
+A request passes when its path is spelled exactly as in the table of routes, its key is known, and its body is one JSON
+object that can be read in only one way. The gate judges the prompts in the body off the event loop, tells the engine
+plugin who asks and what the guards said by a context variable, and hands the app the same bytes it has read.
+
+Guarantee: each audited HTTP request has at least one event under its `http_request_id`: those of its engine requests,
+or one rejection, written before the answer leaves. Where no event can be written, the answer is 503.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any, Final
+
+import structlog
+
+from collector.audit import Auditor, Unaudited
+from collector.context import Exchange, exchange
+from collector.event import uuid7
+from collector.prompt import PromptView, TooDeep, views
+from collector.requests import Refusal, caller_of, parse, path_of, read_body, route_of, stranger
+from collector.routes import Route, unknown
+
+log = structlog.get_logger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REQUEST_ID_HEADER: Final = b"inferwatch-request-id"
+_INLINE_CHARS_MAX: Final = 2_000
+"""Prompts up to this are hashed on the event loop when no guard judges them: handing over costs more."""
+
+
+class Gate:
+    """`app` behind the gate.
+
+    `auditor`: gives the process's auditor for a scope of the app; blocking, called once, off the event loop, at the
+    server's start or, where the server has no lifespan, at the first request. What it raises stops the server's start.
+    `stop`: called at the end of the server, blocking.
+    """
+
+    def __init__(self, app: App, *, auditor: Callable[[Scope], Auditor], stop: Callable[[], None]) -> None:
+        self._app, self._open, self._stop = app, auditor, stop
+        self._auditor: Auditor | None = None
+        self._opening = asyncio.Lock()
+        self._buffered_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first = [await receive()]
+        try:
+            await self._ready(scope)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server must not start
+            _tell("the gate can't open, the server does not start", error)
+            await send({"type": "lifespan.startup.failed", "message": f"inferwatch: {error}"})
+            return
+
+        async def told() -> Message:
+            return first.pop() if first else await receive()
+
+        async def answered(message: Message) -> None:
+            if message["type"] == "lifespan.shutdown.complete":
+                await asyncio.to_thread(self._stop)
+            await send(message)
+
+        await self._app(scope, told, answered)
+
+    async def _ready(self, scope: Scope) -> Auditor:
+        async with self._opening:
+            if self._auditor is None:
+                self._auditor = await asyncio.to_thread(self._open, scope)
+                _tell_unknown_routes(scope)
+        return self._auditor
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            auditor = self._auditor or await self._ready(scope)
+        except Exception as error:  # noqa: BLE001 - without an auditor nothing is answered
+            _tell("the gate is not open, a request is refused", error)
+            await _refuse(send, _unavailable(), "")
+            return
+        at_hand = Exchange(uuid7(), stranger(scope, auditor))
+        try:
+            route, body = await self._enter(auditor, scope, receive, at_hand)
+        except Refusal as refusal:
+            await _refuse(send, _audited(auditor, at_hand, refusal), at_hand.http_request_id)
+            return
+        replayed = receive if body is None else _replay(body, receive, at_hand)
+        if route.handling == "audited":
+            await self._pass(auditor, at_hand, scope, replayed, send)
+        else:
+            await self._app(scope, replayed, send)
+
+    async def _enter(
+        self, auditor: Auditor, scope: Scope, receive: Receive, at_hand: Exchange
+    ) -> tuple[Route, bytes | None]:
+        """The route, and the body where there may be one. Raises `Refusal`, whatever goes wrong."""
+        try:
+            route = self._admit(auditor, scope, at_hand)
+            body = await self._body(auditor, scope, receive) if scope["method"] == "POST" else None
+            at_hand.started_s = auditor.clock_s()
+            if route.handling == "audited":
+                await self._judge(auditor, scope, route, at_hand, body or b"")
+        except Refusal:
+            raise
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not let a request in
+            _tell("the gate failed, a request is refused", error)
+            raise Refusal(500, "gate_failed", "The request could not be checked, so it is not answered.") from None
+        return route, body
+
+    def _admit(self, auditor: Auditor, scope: Scope, at_hand: Exchange) -> Route:
+        """Who asks for what. The key comes first: strangers do not learn which routes there are."""
+        path, gate = path_of(scope), auditor.gate
+        route, at_hand.route = route_of(scope["method"], path)
+        if scope["method"] == "GET" and path in gate.open_routes:
+            return route or Route("refused", "")
+        at_hand.caller = caller_of(scope, auditor, {})
+        if route is None or route.handling == "refused":
+            reason = "unlisted_route" if at_hand.route == "unlisted" else "refused_route"
+            raise Refusal(404, reason, "There is no such route here.")
+        at_hand.operation = route.operation
+        return route
+
+    async def _body(self, auditor: Auditor, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, within the bounds of one and of all requests."""
+        gate = auditor.gate
+        if self._buffered_bytes > gate.buffered_bytes_max:
+            raise Refusal(503, "busy", "Too many requests are being read. Try again later.")
+        read = 0
+
+        def count(size: int) -> None:
+            nonlocal read
+            read += size
+            self._buffered_bytes += size
+
+        try:
+            async with asyncio.timeout(gate.body_timeout_s):
+                return await read_body(scope, receive, gate.body_bytes_max, count)
+        except TimeoutError:
+            raise Refusal(408, "slow_body", "The request's body did not arrive in time.") from None
+        finally:
+            self._buffered_bytes -= read
+
+    async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> None:
+        """Read the body, learn who is spoken for, and judge what it says."""
+        large = len(raw) > _INLINE_CHARS_MAX
+        body = await auditor.in_thread(parse, raw) if large else parse(raw)
+        if "user" in body or "session_id" in body:
+            at_hand.caller = caller_of(scope, auditor, body)
+        if body.get("use_beam_search"):
+            raise Refusal(
+                400, "beam_search", "Beam search is not served here: its answers can't be judged as they form."
+            )
+        if body.get("background"):
+            raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
+        try:
+            prompts = views(route.operation, body)
+        except TooDeep:
+            raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
+        tenant = at_hand.caller.tenant
+
+        def judge(found: tuple[PromptView, ...]) -> list[Any]:
+            return [auditor.judge(view, tenant) for view in found]
+
+        inline = not large and not auditor.stages - {"output"}
+        at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)
+
+    async def _pass(self, auditor: Auditor, at_hand: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the app answer, and see that the request has its event before the answer is complete."""
+
+        async def answered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), _id_header(at_hand)]}
+                if message["status"] >= HTTPStatus.BAD_REQUEST:
+                    _settle(auditor, at_hand, "server_refused", message["status"])
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                _settle(auditor, at_hand, "no_engine_request", HTTPStatus.OK)
+            await send(message)
+
+        token = exchange.set(at_hand)
+        try:
+            await self._app(scope, receive, answered)
+        except Exception:
+            _settle(auditor, at_hand, "server_failed", HTTPStatus.INTERNAL_SERVER_ERROR)
+            raise
+        finally:
+            exchange.reset(token)
+            with contextlib.suppress(Unaudited):
+                _settle(auditor, at_hand, "client_gone", 0)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """No websocket route is audited yet, so each is refused."""
+        auditor = self._auditor or await self._ready(scope)
+        at_hand = Exchange(uuid7(), stranger(scope, auditor))
+        await receive()
+        refusal = Refusal(404, "websocket", "")
+        try:
+            at_hand.caller = caller_of(scope, auditor, {})
+        except Refusal as earlier:
+            refusal = earlier
+        _audited(auditor, at_hand, refusal)
+        await send({"type": "websocket.close", "code": 1008})
+
+
+def _settle(auditor: Auditor, at_hand: Exchange, reason: str, http_status: int) -> None:
+    """A rejection where the request has no event yet."""
+    if at_hand.engine_requests:
+        return
+    if at_hand.client_gone or not http_status:
+        auditor.reject(at_hand, reason="client_gone", http_status=0, status="aborted")
+    else:
+        auditor.reject(at_hand, reason=reason, http_status=http_status)
+
+
+def _audited(auditor: Auditor, at_hand: Exchange, refusal: Refusal) -> Refusal:
+    """The refusal once its event is written; 503 where it can't be."""
+    try:
+        auditor.reject(at_hand, reason=refusal.reason, http_status=refusal.status)
+    except Unaudited:
+        return _unavailable()
+    return refusal
+
+
+def _unavailable() -> Refusal:
+    return Refusal(503, "unaudited", str(Unaudited()))
+
+
+async def _refuse(send: Send, refusal: Refusal, request_id: str) -> None:
+    """The refusal in the shape of OpenAI's errors."""
+    body = refusal.body()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (REQUEST_ID_HEADER, request_id.encode()),
+        *refusal.headers,
+    ]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _replay(body: bytes, receive: Receive, at_hand: Exchange) -> Receive:
+    """The body as one message, then what the connection says: that the client has gone."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        if waiting:
+            return waiting.pop()
+        message = await receive()
+        at_hand.client_gone = at_hand.client_gone or message["type"] == "http.disconnect"
+        return message
+
+    return replayed
+
+
+def _id_header(at_hand: Exchange) -> tuple[bytes, bytes]:
+    return REQUEST_ID_HEADER, at_hand.http_request_id.encode()
+
+
+def _tell(what: str, error: Exception) -> None:
+    """Log a failure by the class of its error: message and trace may quote what a client sent."""
+    log.error(what, error=type(error).__name__)
+
+
+def _tell_unknown_routes(scope: Scope) -> None:
+    """Say once which routes of this server the table has never heard of."""
+    routes = getattr(scope.get("app"), "routes", ())
+    rows = [f"{method} {route.path}" for route in routes for method in getattr(route, "methods", None) or ()]
+    if new := unknown(rows):
+        log.warning("this server has routes that inferwatch does not know; they are refused", routes=new)

@@ -1,0 +1,164 @@
+"""Reads one HTTP request strictly: its path, its key, its body. What can be read in two ways is refused.
+
+Pure functions of the ASGI scope, but for `read_body`. Raises `Refusal`, whose words never quote the request.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Final
+
+from collector.audit import Auditor
+from collector.context import Caller
+from collector.routes import Route, find, label
+
+_SINGLE: Final = frozenset({b"authorization", b"x-api-key", b"x-session-id", b"x-user-id", b"content-type", b"host"})
+"""Headers of which a request has at most one: of two, this gate and the next server might each take another."""
+
+
+class Refusal(Exception):
+    """A request that does not pass: its HTTP status, a fixed word for the event, a sentence for the client."""
+
+    def __init__(self, status: int, reason: str, sentence: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        super().__init__(sentence)
+        self.status, self.reason, self.sentence, self.headers = status, reason, sentence, headers
+
+    def body(self) -> bytes:
+        """The answer, in the shape of OpenAI's errors."""
+        kind = {401: "authentication_error", 404: "not_found_error"}.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else kind
+        error = {"message": self.sentence, "type": kind, "param": None, "code": self.reason}
+        return json.dumps({"error": error}).encode()
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path as the client spelled it; empty, so in no table, where it is encoded or not the one the app sees."""
+    path, raw = str(scope["path"]), scope.get("raw_path")
+    if raw is not None and raw.partition(b"?")[0] != path.encode("utf-8", "surrogatepass"):
+        return ""
+    return path
+
+
+def route_of(method: str, path: str) -> tuple[Route | None, str]:
+    """The table's row and the route's name for the event."""
+    return find(method, path), label(method, path)
+
+
+def stranger(scope: Mapping[str, Any], auditor: Auditor) -> Caller:
+    """A caller of whom only the address is known."""
+    return auditor.caller(auditor.gate.tenant, address=_address(scope))
+
+
+def _address(scope: Mapping[str, Any]) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def caller_of(scope: Mapping[str, Any], auditor: Auditor, body: Mapping[str, object]) -> Caller:
+    """Who asks, by the API key. Raises `Refusal`: 401 without a known key, 400 for doubled headers.
+
+    A key with `on_behalf` names the user it speaks for by the header `x-user-id` or the body's `user`; with any other
+    key it is the key's own user, whatever the request says. The session is `x-session-id` or the body's `session_id`.
+    """
+    headers = _headers(scope)
+    secret = _secret(headers)
+    principal = auditor.keys.owner(secret) if secret else None
+    if principal is None:
+        raise Refusal(
+            401,
+            "wrong_key" if secret else "no_key",
+            "A valid API key is needed: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+            ((b"www-authenticate", b"Bearer"),),
+        )
+    user = principal.user
+    if principal.on_behalf:
+        user = _header_text(headers, b"x-user-id") or _string(body, "user") or user
+    return auditor.caller(
+        principal.tenant,
+        key_id=principal.key_id,
+        user=user,
+        session=_header_text(headers, b"x-session-id") or _string(body, "session_id"),
+        address=_address(scope),
+    )
+
+
+def _header_text(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    """A name as the body would spell it too."""
+    return headers.get(name, b"").decode("utf-8", "surrogateescape")
+
+
+def _headers(scope: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """The headers of interest. Raises `Refusal` where one comes twice."""
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in _SINGLE:
+            if name in found:
+                raise Refusal(400, "doubled_header", "A header that may come once came twice.")
+            found[name] = value
+    return found
+
+
+def _secret(headers: Mapping[bytes, bytes]) -> bytes:
+    """The API key as it was sent; empty for none. Raises `Refusal` for two different ones."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    bearer = bearer.strip() if scheme.lower() == b"bearer" else b""
+    other = headers.get(b"x-api-key", b"").strip()
+    if bearer and other and bearer != other:
+        raise Refusal(401, "two_keys", "Two different API keys were sent.")
+    return bearer or other
+
+
+def _string(body: Mapping[str, object], name: str) -> str:
+    value = body.get(name)
+    return value if isinstance(value, str) else ""
+
+
+async def read_body(
+    scope: Mapping[str, Any],
+    receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+    bytes_max: int,
+    count: Callable[[int], None],
+) -> bytes:
+    """The whole body; `count` is told the size of each piece. Raises `Refusal`: too large, or the client has gone."""
+    too_large = Refusal(413, "body_too_large", f"The request's body is larger than the {bytes_max} bytes allowed here.")
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > bytes_max):
+        raise too_large
+    pieces, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(499, "client_gone", "The client has gone.")
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > bytes_max:
+            raise too_large
+        count(len(piece))
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+class _Doubled(ValueError):
+    """An object has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Doubled
+    return found
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a body: UTF-8, no key twice, nothing after it. Raises `Refusal`."""
+    try:
+        body = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise Refusal(400, "not_utf8", "The request's body is not valid UTF-8.") from None
+    except _Doubled:
+        raise Refusal(400, "doubled_key", "The request's body has a JSON object with the same key twice.") from None
+    except (ValueError, RecursionError):
+        raise Refusal(400, "bad_json", "The request's body is not valid JSON.") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "not_an_object", "The request's body must be a JSON object.")
+    return body

@@ -1,0 +1,56 @@
+"""Opens a server process's auditor from its configuration: keys, guards, publisher, in this order.
+
+What can be wrong on this host is found before Kafka is asked. Every failure is an exception with one sentence.
+"""
+
+import structlog
+
+from collector.audit import Auditor
+from collector.config import CollectorConfig
+from collector.guards.stack import GuardStack
+from collector.identity import KeyProblem, KeyRing, Pseudonyms, load_tenant_key
+from collector.kafka import KafkaConfig
+from collector.publisher import Publisher
+from collector.weights import Model
+
+log = structlog.get_logger(__name__)
+
+
+def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, config_digest: str = "") -> Auditor:
+    """The auditor, its publisher started: dead boots' journals are settled and all lanes are open.
+
+    Raises KeyProblem, GuardRefused, BrokerAway, TopicMismatch, ClockApart or OSError.
+    """
+    identity = config.identity
+    if identity.api_keys_file is None:
+        raise KeyProblem("there are no API keys: name their file as api_keys_file in [collector.identity]")
+    keys = KeyRing.load(identity.api_keys_file)
+    pseudonyms = {
+        tenant: Pseudonyms(
+            load_tenant_key(identity.key_dir, tenant),
+            prompt_hash=identity.prompt_hash,
+            minhash_chars_max=identity.minhash_chars_max,
+        )
+        for tenant in sorted(keys.tenants | {config.gate.tenant})
+    }
+    guards = GuardStack(config.guards)
+    publisher = Publisher(
+        kafka,
+        config.publisher,
+        config.journal,
+        collector_id=config.collector_id,
+        model_version=model.version,
+        config_digest=config_digest,
+    )
+    publisher.start()
+    log.info("the collector is open", model_version=model.version, guards=guards.versions, tenants=len(pseudonyms))
+    return Auditor(
+        publisher,
+        guards,
+        pseudonyms,
+        keys,
+        config.gate,
+        model_version=model.version,
+        weights_digest=model.digest,
+        workers=config.guards.workers,
+    )
