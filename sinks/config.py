@@ -15,6 +15,8 @@ class _Settings(BaseModel):
 class FaceConfig(_Settings):
     """`[store.face]`: the ClickHouse HTTP protocol for reading, as Grafana's data source speaks it."""
 
+    host: str = Field("127.0.0.1", description="Address to listen on; beyond this machine only with a password.")
+    port: int = Field(8123, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     user: str = Field("default", min_length=1, max_length=64, description="The user name that clients give.")
     password_file: Path | None = Field(None, description="Holds the password that clients give; without it, none.")
     query_timeout_s: float = Field(60.0, gt=0, le=3600, description="A query is stopped after this long.")
