@@ -337,11 +337,11 @@ def test_command_says_one_sentence_and_fails(tmp_path: Path) -> None:
 
 
 def test_logs_are_bounded(tmp_path: Path) -> None:
-    """Log files are turned over at their limit, and at most three are kept."""
+    """Log files are turned over at their limit (one line may go over it), and at most three are kept."""
     settings = _settings(tmp_path).model_copy(update={"log_bytes_max": 16 * 1024})
     broker = Broker(settings)
     broker.start()  # writes about 130 KiB
     broker.stop()
     files = sorted(file.name for file in broker.logs_dir.glob("broker.*.log"))
     assert files == ["broker.0.log", "broker.1.log", "broker.2.log"]
-    assert all(file.stat().st_size <= 20 * 1024 for file in broker.logs_dir.glob("broker.*.log"))
+    assert max(file.stat().st_size for file in broker.logs_dir.glob("broker.*.log")) < 32 * 1024
