@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
 from inferwatch.config import Config, describe, load
@@ -195,8 +196,22 @@ def show_version() -> None:
     typer.echo(version("inferwatch"))
 
 
+def _log_to_stderr() -> None:
+    """Standard output is for answers; logs are plain lines elsewhere, without colours in a file."""
+    structlog.configure(
+        processors=[
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.add_log_level,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(os.environ.get("INFERWATCH_LOG_LEVEL", "info")),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
 def main() -> None:
     """The entry point: a failure is one sentence on standard error and exit status 1; 130 after Ctrl-C."""
+    _log_to_stderr()
     try:
         app()
     except KeyboardInterrupt:

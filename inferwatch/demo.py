@@ -29,8 +29,6 @@ from inferwatch.receiver import Receiver
 from inferwatch.traffic import Traffic
 from inferwatch.up import BROKER_START_S, ROLE_START_S, analysis_children, broker_child
 
-log = structlog.get_logger(__name__)
-
 DETECTORS: Final = ("block_rate", "probing", "latency", "token_length")
 CALM_S: Final = 60.0
 ENGINE_START_S: Final = 120.0
@@ -194,6 +192,7 @@ async def read_events(kafka: KafkaConfig) -> dict[str, tuple[str, str]]:
 
 def run_demo(*, once: bool, as_json: bool, engine: str, seed: int, port: int) -> int:
     """Runs the demo; exit status 0 when nothing is unaccounted for and all four detectors spoke."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))  # progress says enough
     console = Console(stderr=as_json, highlight=False)
     python = None if engine == "replay" else demo_setup.engine_python()
     if engine not in ("auto", "vllm", "replay"):
@@ -206,7 +205,13 @@ def run_demo(*, once: bool, as_json: bool, engine: str, seed: int, port: int) ->
     folder = Path(tempfile.mkdtemp(prefix="inferwatch-demo-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Receiver(secret) as receiver:
-        setup = demo_setup.prepare(folder, webhook_url=receiver.url, webhook_secret=secret, view_port=port)
+        setup = demo_setup.prepare(
+            folder,
+            webhook_url=receiver.url,
+            webhook_secret=secret,
+            with_engine=python is not None,
+            view_port=port,
+        )
         demo = Demo(setup, console, seed)
         sound = False
         try:

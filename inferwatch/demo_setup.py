@@ -44,7 +44,7 @@ class Setup:
         return f"Setup({self.folder})"
 
 
-def prepare(folder: Path, *, webhook_url: str, webhook_secret: str, view_port: int = 0) -> Setup:
+def prepare(folder: Path, *, webhook_url: str, webhook_secret: str, with_engine: bool, view_port: int = 0) -> Setup:
     """Writes keys and `inferwatch.toml` into `folder`. Ports are free when looked at."""
     kafka, view, face, engine = free_ports(4)
     keys, api_keys = folder / "keys", folder / "api-keys.toml"
@@ -75,7 +75,7 @@ api_keys_file = "{api_keys}"
 [collector.journal]
 dir = "{folder}/journal"
 
-{DETECT}
+{DETECT if with_engine else ""}
 [sinks.file]
 path = "{folder}/findings.ocsf.jsonl"
 

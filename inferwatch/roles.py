@@ -3,21 +3,40 @@
 Here the rooms meet: the store process is ingest (streams), the read-only face (sinks) and the HTML view (dashboards).
 """
 
+import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
+import orjson
+import structlog
+from rich.console import Console
+from rich.table import Table
+
+from collector.kafka import wait_for_broker
+from dashboards.view import make_view, serve_view
 from inferwatch.config import Config
 from inferwatch.processes import write_run_file
+from sinks.clickhouse.clients import folder_of
+from sinks.clickhouse.face import Face
+from sinks.clickhouse.store import Store, open_store
+from streams.deliver import run_deliver as deliver_findings
+from streams.health import Health
+from streams.ingest import Ingest
+from streams.process import run_until_stopped
 from streams.stage1 import run_stage1
 from streams.stage2 import run_stage2
+from streams.status import read_status
+
+log = structlog.get_logger(__name__)
 
 
 def _announce(config: Config, role: str) -> Callable[[str], None]:
     """Writes the run file once the health pages are up."""
-    return lambda url: void(write_run_file(config.data_dir, role, url))
 
+    def serving(url: str) -> None:
+        write_run_file(config.data_dir, role, url)
 
-def void(_: object) -> None:
-    """Drops a result."""
+    return serving
 
 
 def run_detect(config: Config, stage: int) -> None:
@@ -31,3 +50,69 @@ def run_detect(config: Config, stage: int) -> None:
         config_digest=config.digest(),
         on_serving=_announce(config, f"detect-{stage}"),
     )
+
+
+def run_deliver(config: Config) -> None:
+    """Delivery to all configured sinks, until SIGTERM. Raises ValueError where none is configured."""
+    if not config.sinks.names:
+        raise ValueError("no sink is configured: add [sinks.file], [sinks.webhook] or [sinks.syslog]")
+    deliver_findings(
+        config.kafka,
+        config.streams,
+        config.sinks,
+        config_digest=config.digest(),
+        on_serving=_announce(config, "deliver"),
+    )
+
+
+def run_store(config: Config) -> None:
+    """The process that owns the store, until SIGTERM: ingest, the read-only face for Grafana, the HTML view.
+
+    A server needs no face: Grafana reads it directly.
+    """
+    store = open_store(config.store)
+    try:
+        run_until_stopped(lambda stop: _serve_store(config, store, stop))
+    finally:
+        store.close()
+
+
+async def _serve_store(config: Config, store: Store, stop: asyncio.Event) -> None:
+    await wait_for_broker(config.kafka, config.streams.broker_timeout_s)
+    ingest = Ingest(config.kafka, config.streams, config.detect.time, store, data_dir=config.data_dir / "ingest")
+    async with AsyncExitStack() as stack:
+        health = Health("store", config.kafka, config.streams, ingest.reading, config_digest=config.digest())
+        await stack.enter_async_context(health)
+        if folder_of(config.store) is not None:
+            face = await stack.enter_async_context(Face(config.store))
+            log.info("the store answers queries", url=face.url)
+        runner, view_url = await serve_view(make_view(store.query, config.dashboards), config.dashboards)
+        stack.push_async_callback(runner.cleanup)
+        log.info("the view is up", url=view_url)
+        write_run_file(config.data_dir, "store", health.url)
+        running, stopping = asyncio.create_task(ingest.run()), asyncio.create_task(stop.wait())
+        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        ingest.stop()
+        await running
+
+
+async def print_status(config: Config, *, as_json: bool) -> int:
+    """The newest health record of every process; exit status 1 when one is silent, not ready, or there is none."""
+    records = await read_status(config.kafka)
+    if as_json:
+        print(orjson.dumps(records).decode())
+    else:
+        table = Table("role", "process", "state", "lag", "watermark", "late", "drops", "version", "config", "last seen")
+        for record in records:
+            state = "silent" if record["silent"] else str(record.get("why") or "ready")
+            cells = (record.get(key, "") for key in ("lag", "watermark", "late", "drops", "version", "config_digest"))
+            table.add_row(
+                str(record["role"]),
+                str(record["process_id"]),
+                state,
+                *(str(cell) for cell in cells),
+                f"{record['age_s']} s ago",
+            )
+        Console().print(table if records else "No process has written its health yet.")
+    return 0 if records and all(record.get("ready") and not record["silent"] for record in records) else 1
