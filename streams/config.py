@@ -18,7 +18,10 @@ class StreamsConfig(BaseModel):
 
     broker_timeout_s: float = Field(15, gt=0, le=600, description="How long a process waits for Kafka at its start")
     session_timeout_s: float = Field(
-        6, ge=6, le=300, description="A worker silent for so long loses its partitions; brokers allow 6 s or more"
+        6,
+        ge=1,
+        le=300,
+        description="A worker silent for so long loses its partitions; brokers refuse under 6 s unless told",
     )
     fetch_max_wait_ms: int = Field(
         50, ge=5, le=5000, description="How long the broker may hold an empty fetch; a finding waits for it"
