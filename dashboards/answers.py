@@ -24,7 +24,7 @@ Query = Callable[[str, Mapping[str, object]], list[dict[str, object]]]
 
 FRESH_S: Final = 2.0
 ANSWERS_MAX: Final = 256
-_Key = tuple[str, tuple[tuple[str, object], ...]]
+_Key = tuple[str, str]
 
 
 class Trouble(Exception):
@@ -45,7 +45,7 @@ class Answers:
 
     async def rows(self, sql: str, parameters: Mapping[str, object]) -> list[Row]:
         """The rows of one SELECT. Raises `Trouble`."""
-        key = (sql, tuple(sorted(parameters.items())))
+        key = (sql, repr(sorted(parameters.items())))
         now_s = self._seconds()
         at_s, task = self._asked.get(key, (-FRESH_S, None))
         if task is None or now_s - at_s >= FRESH_S or (task.done() and (task.cancelled() or task.exception())):

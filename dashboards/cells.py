@@ -17,6 +17,7 @@ PROCESS_TONES: Final = {"running": "good", "stopped": "quiet", "silent": "bad", 
 _PSEUDONYM: Final = re.compile(r"^[uska]_[0-9a-f]{12,}$")
 _NUMERIC: Final = frozenset({"number", "span"})
 SUMMARY_CHARACTERS_MAX: Final = 160
+BRIEF_CHARACTERS_MAX: Final = 34
 
 
 def number_of(value: object) -> float | None:
@@ -58,7 +59,7 @@ def cell(column: Column, row: Row, scope: Scope) -> Markup:
 
 
 def _classes(column: Column) -> list[str]:
-    return ["number" if column.shown in _NUMERIC else column.shown, f"col-{column.column}"]
+    return ["number" if column.shown in _NUMERIC else f"as-{column.shown}", f"col-{column.column}"]
 
 
 def severity(value: object) -> Markup:
@@ -86,7 +87,7 @@ def moment(value: object, scope: Scope) -> Markup | str:
 def brief(identifier: object) -> str:
     """A pseudonym cut to what tells it apart at a glance; `u_…/s_…` part by part; anything else as it is."""
     parts = str(identifier)[:600].split("/")
-    return shown("/".join(part[:8] + "…" if _PSEUDONYM.match(part) else part for part in parts), 48)
+    return shown("/".join(part[:8] + "…" if _PSEUDONYM.match(part) else part for part in parts), BRIEF_CHARACTERS_MAX)
 
 
 def entity(kind: object, identifier: object, model: object, scope: Scope) -> Markup:
@@ -119,7 +120,9 @@ def evidence(value: object) -> Markup | str:
     if not ranges:
         return MISSING
     more = f" +{len(ranges) - 1}" if len(ranges) > 1 else ""
-    return element("span", {"title": "; ".join(ranges[:20])}, ranges[0] + more)
+    where, _, offsets = ranges[0].rpartition(" ")
+    parts = (element("span", {"class": "kind"}, where), " ", offsets + more)
+    return element("span", {"title": "; ".join(ranges[:20])}, parts)
 
 
 def offset_range(part: object) -> str:
@@ -142,8 +145,9 @@ def _summary(_column: Column, value: object, row: Row, scope: Scope) -> Markup:
 
 def _process(_column: Column, value: object, row: Row, _scope: Scope) -> Markup:
     tone = PROCESS_TONES.get(str(value), "quiet")
-    why = shown(row.get("why") or "", 200)
-    return element("span", {"class": f"state {tone}", "title": why or None}, shown(value, 40))
+    why = shown(row.get("why") or "", 120) if tone != "good" else ""
+    state_word = element("span", {"class": f"state {tone}"}, shown(value, 40))
+    return joined([state_word, element("small", {"class": "reason"}, why)]) if why else state_word
 
 
 _WRITERS: Final[dict[Shown, Callable[[Column, object, Row, Scope], Markup | str]]] = {

@@ -105,13 +105,13 @@ def _event(row: Row, scope: Scope) -> Markup:
         (None, element("time", {"title": f"event {event_id}"}, clock(at_ms) + f".{int(at_ms) % 1000:03d}")),
         (None, joined([element("span", {"class": f"state {tone}"}, status), *(_flag(name) for name in flags)])),
         (None, verdicts(row)),
-        ("entity", who if user or session else MISSING),
+        ("as-entity", who if user or session else MISSING),
         (None, shown(row["model_version"], 40)),
-        ("hash", hashed if prompt else MISSING),
+        ("as-hash", hashed if prompt else MISSING),
         ("number", exact(number_of(row["prompt_tokens"]))),
         ("number", exact(number_of(row["response_tokens"]))),
         ("number", short(latency, "ms")),
-        ("evidence", f"{row['kafka_partition']} @ {row['kafka_offset']}"),
+        ("as-evidence", f"{row['kafka_partition']} @ {row['kafka_offset']}"),
     )
     return element("tr", None, (element("td", {"class": name}, content) for name, content in cells))
 

@@ -68,7 +68,7 @@ def _bar(scope: Scope, path: str, tenants: Sequence[str], refresh_s: int) -> Mar
     )
     live = element(
         "div",
-        {"class": "live"},
+        {"class": "clock"},
         element("span", {"id": "live", "role": "status", "data-refresh": refresh_s}, f"{clock(scope.now_ms)[11:]} UTC"),
         element("button", {"id": "pause", "type": "button", "hidden": True}, "Pause") if refresh_s else None,
         element("button", {"id": "theme", "type": "button", "hidden": True}, "Theme"),

@@ -22,7 +22,7 @@ def framed(panel: Panel, body: Markup, scope: Scope, *, trouble: bool = False) -
         "header",
         None,
         element("h2", None, element("a", {"href": scope.link(f"/panel/{panel.name}")}, panel.title)),
-        element("p", {"class": "answers"}, panel.answers) if panel.kind != "stat" else None,
+        element("p", {"class": "answers", "title": panel.answers}, panel.answers) if panel.kind != "stat" else None,
     )
     classes = f"panel {kind} {panel.name} w{panel.width}" + (" trouble" if trouble else "")
     attributes = {"class": classes, "id": f"panel-{panel.name}", "data-panel": panel.name, "title": None}
@@ -65,21 +65,19 @@ def timeseries(
 
 
 def _legend(lines: Sequence[Line], unit: str) -> Markup:
+    buckets = range(len(lines[0].values) if lines else 0)
+    newest = max((bucket for bucket in buckets if any(line.values[bucket] is not None for line in lines)), default=None)
     items = (
         element(
             "li",
             None,
             element("i", {"class": f"swatch {line.tone}"}),
             element("span", {"class": "name"}, shown(line.label, 60)),
-            element("output", None, short(_newest(line.values), unit)),
+            element("output", None, short(None if newest is None else line.values[newest], unit)),
         )
         for line in lines
     )
     return element("ul", {"class": "legend"}, items)
-
-
-def _newest(values: Sequence[float | None]) -> float | None:
-    return next((value for value in reversed(values) if value is not None), None)
 
 
 def lines_of(panel: Panel, rows: Sequence[Row], window: Window, series_max: int) -> tuple[list[Line], int]:
@@ -94,6 +92,13 @@ def lines_of(panel: Panel, rows: Sequence[Row], window: Window, series_max: int)
     for row in rows:
         found.setdefault(str(row["series"]), []).append(row)
     values = {name: _column(part, "value", window) for name, part in found.items()}
+    if panel.stacked:
+        # What is stacked is counted: beside others that were, a missing count is none.
+        told = [any(column) for column in zip(*values.values(), strict=True)]
+        values = {
+            name: tuple(0.0 if value is None and known else value for value, known in zip(part, told, strict=True))
+            for name, part in values.items()
+        }
     kept, rest = _chosen(panel.tones, values, series_max)
     lines = [Line(name, panel.tones.get(name, TONES[index % 8]), values[name]) for index, name in enumerate(kept)]
     if rest and panel.stacked:
@@ -137,7 +142,7 @@ def stat(panel: Panel, rows: Sequence[Row], before: Sequence[Row], scope: Scope,
     if panel.compared:
         earlier = number_of(before[0].get("value")) if before else None
         length = duration((scope.window.to_ms - scope.window.from_ms) / 1000)
-        said = f"{short(earlier, panel.unit)} in the {length} before"
+        said = f"{'nothing' if earlier is None else short(earlier, panel.unit)} in the {length} before"
     figure = element("strong", {"class": "figure", "title": exact(value, panel.unit)}, short(value, panel.unit))
     return element("div", {"class": "watch" if watch else None}, figure, element("span", {"class": "parts"}, said))
 

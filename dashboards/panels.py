@@ -158,6 +158,7 @@ PLOTS: Final = (
         by="status",
         tones=STATUS_TONES,
         stacked=True,
+        width=8,
         detectors=("block_rate", "latency", "probing", "campaign", "token_length"),
     ),
     Panel(
@@ -347,5 +348,5 @@ ACCOUNT: Final = Panel(
     width=4,
     empty="The store holds no events.",
 )
-PANELS: Final = (*STATS, FINDINGS, PROCESSES, *PLOTS, ACCOUNT, *TABLES)
+PANELS: Final = (*STATS, FINDINGS, PROCESSES, ACCOUNT, *PLOTS, *TABLES)
 BY_NAME: Final = {panel.name: panel for panel in PANELS}

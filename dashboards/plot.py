@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dashboards.markup import Markup, element, joined, shown
-from dashboards.units import clock, exact, short, ticks
+from dashboards.units import clock, exact, short, tick_labels, ticks
 from dashboards.window import Window
 
 SIDE: Final = 1000.0
@@ -93,7 +93,7 @@ def draw(
             "role": "group",
             "aria-label": f"{title}: arrow keys read the values",
         },
-        element("svg", {"class": "values", "aria-hidden": "true"}, (_value(step, top, unit) for step in steps)),
+        element("svg", {"class": "values", "aria-hidden": "true"}, _values(steps, unit)),
         element("div", {"class": "canvas"}, canvas, element("div", {"class": "cursor", "hidden": True})),
         _marks(window, in_window, link),
         element("svg", {"class": "hours", "aria-hidden": "true"}, (_label(share, text) for share, text in hours)),
@@ -191,8 +191,11 @@ def _hour(share: float) -> Markup:
     return element("line", {"class": "grid", "x1": x, "x2": x, "y1": "0", "y2": "100%"})
 
 
-def _value(step: float, top: float, unit: str) -> Markup:
-    return element("text", {"x": "100%", "y": f"{100 * (1 - step / top):.2f}%"}, short(step, unit))
+def _values(steps: list[float], unit: str) -> list[Markup]:
+    return [
+        element("text", {"x": "100%", "y": f"{100 * (1 - step / steps[-1]):.2f}%"}, label)
+        for step, label in zip(steps, tick_labels(steps, unit), strict=True)
+    ]
 
 
 def _label(share: float, text: str) -> Markup:

@@ -7,10 +7,13 @@ hostile site can neither frame it, nor fetch it, nor reach it under a name of it
 from collections.abc import Iterable
 from typing import Final
 
+import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from dashboards.config import DashboardsConfig
+
+log = structlog.get_logger(__name__)
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -43,7 +46,12 @@ def shield(config: DashboardsConfig) -> Middleware:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            return web.Response(status=error.status, text=f"{error.reason}\n", headers=HEADERS)
+            return web.Response(status=error.status, text=f"{error.reason}\n")
+        except Exception as error:  # noqa: BLE001  # a fault of ours: told in a sentence, logged without what it held
+            log.warning(
+                "page failed", path=request.match_info.route.name or request.path[:80], error=type(error).__name__
+            )
+            return web.Response(status=500, text="This page could not be made; the others are not affected.\n")
 
     return guard
 

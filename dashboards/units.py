@@ -46,14 +46,14 @@ def exact(value: float | None, unit: str = "count") -> str:
 
 
 def duration(seconds: float) -> str:
-    """`340 ms`, `1.84 s`, `2.5 min`, `3 h`, `4 d`."""
+    """`340 ms`, `1.84 s`, `90 s`, `2.5 min`, `1 h`, `4 d`."""
     size = abs(seconds)
     if size == 0:
         return "0 s"
     if size < 1:
         return f"{_digits(seconds * 1000)} ms"
     for length, name in _SPANS:
-        if size >= length * (2 if length > 1 else 1):
+        if size >= 2 * length or size % length == 0:
             return f"{_digits(seconds / length)} {name}"
     return f"{_digits(seconds)} s"
 
@@ -85,17 +85,27 @@ def ticks(top: float, count: int = 4) -> list[float]:
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def _scaled(value: float) -> str:
+def tick_labels(steps: list[float], unit: str) -> list[str]:
+    """The labels of a value axis: all on one scale, and the rate's `/min` only once, on top."""
+    suffix = SUFFIX[unit] if unit in SUFFIX and unit not in ("ratio", "ms", "s") else None
+    if suffix is None:
+        return [short(step, unit) for step in steps]
+    return [_scaled(step, steps[-1]) + (suffix if step == steps[-1] else "") for step in steps]
+
+
+def _scaled(value: float, like: float | None = None) -> str:
+    """With k, M, G or T from ten thousand on; `like` names the value that decides."""
+    size_of = abs(value if like is None else like)
     for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{_digits(value / (1e3 if name == 'k' else size))}{name}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else _digits(value)
+        if size_of >= size:
+            return f"{_digits(value / (1e3 if name == 'k' else size))}{name if value else ''}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else _digits(value, places_max=2)
 
 
-def _digits(value: float) -> str:
+def _digits(value: float, places_max: int = 4) -> str:
     """Three significant digits, no exponent, no trailing zeros."""
     if value == 0:
         return "0"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{min(places, 4)}f}"
+    text = f"{value:,.{min(places, places_max)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
