@@ -31,7 +31,7 @@ from inferwatch.up import BROKER_START_S, ROLE_START_S, analysis_children, broke
 
 DETECTORS: Final = ("block_rate", "probing", "latency", "token_length")
 CALM_S: Final = 60.0
-ENGINE_START_S: Final = 120.0
+ENGINE_START_S: Final = 300.0
 SETTLE_S: Final = 45.0
 
 

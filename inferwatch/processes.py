@@ -129,7 +129,8 @@ class Child:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             log.warning("process did not stop in time, killed", role=self.role, timeout_s=timeout_s)
-            self.process.kill()
+            # The whole session: an engine that hangs leaves children behind.
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         run_file(self.data_dir, self.role).unlink(missing_ok=True)
 
