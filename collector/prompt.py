@@ -205,11 +205,12 @@ def _message(message: object) -> Iterator[Turn]:
     parts = content if isinstance(content, list) else [content]
     own = [text for part in parts if _part_role(part, role) == role and (text := _text(part))]
     rest = {key: value for key, value in message.items() if key not in ("role", "content", "documents")}
-    yield Turn(role, "\n".join(own), _text(rest))
-    for part in parts:
-        inner = _part_role(part, role)
-        if inner != role:
-            yield Turn(inner, _text(part))
+    inner = [(other, part) for part in parts if (other := _part_role(part, role)) != role]
+    turn = Turn(role, "\n".join(own), _text(rest))
+    if turn.whole or not inner:  # a message of tool results alone is no turn of the user's
+        yield turn
+    for other, part in inner:
+        yield Turn(other, _text(part))
     yield from _documents(message.get("documents"))
 
 
