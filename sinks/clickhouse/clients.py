@@ -48,8 +48,8 @@ def folder_of(config: StoreConfig) -> Path | None:
     """The chDB folder that `config.url` names; None for a server."""
     scheme, separator, rest = config.url.partition("://")
     if not separator:
-        return Path(config.url)
-    return Path(unquote(rest)) if scheme == "chdb" else None
+        return Path(config.url).resolve()
+    return Path(unquote(rest)).resolve() if scheme == "chdb" else None
 
 
 def open_clients(config: StoreConfig) -> tuple[Client, list[Client]]:

@@ -54,7 +54,10 @@ def _message(finding: Finding, product_version: str, limit: int) -> bytes:
 
 
 def _fitted(key: str, value: str, limit: int) -> str:
-    return value if key.endswith("Label") else cut(value, min(max(limit, 8), _LIMITS.get(key, 4000)))
+    if key.endswith("Label"):
+        return value
+    own = _LIMITS.get(key, 4000)
+    return cut(value, own if key == "externalId" else min(limit, own))
 
 
 def _extension(finding: Finding) -> Mapping[str, str]:
