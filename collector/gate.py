@@ -181,11 +181,21 @@ class Gate:
     async def _pass(self, auditor: Auditor, at_hand: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the app answer, and see that the request has its event before the answer is complete."""
 
+        replaced = False
+
         async def answered(message: Message) -> None:
+            nonlocal replaced
+            if replaced:
+                return
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), _id_header(at_hand)]}
                 if message["status"] >= HTTPStatus.BAD_REQUEST:
-                    _settle(auditor, at_hand, "server_refused", message["status"])
+                    try:
+                        _settle(auditor, at_hand, "server_refused", message["status"])
+                    except Unaudited:
+                        replaced = True
+                        await _refuse(send, _unavailable(), at_hand.http_request_id)
+                        return
+                message = {**message, "headers": [*message.get("headers", ()), _id_header(at_hand)]}
             elif message["type"] == "http.response.body" and not message.get("more_body", False):
                 _settle(auditor, at_hand, "no_engine_request", HTTPStatus.OK)
             await send(message)
@@ -194,7 +204,8 @@ class Gate:
         try:
             await self._app(scope, receive, answered)
         except Exception:
-            _settle(auditor, at_hand, "server_failed", HTTPStatus.INTERNAL_SERVER_ERROR)
+            with contextlib.suppress(Unaudited):
+                _settle(auditor, at_hand, "server_failed", HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
         finally:
             exchange.reset(token)

@@ -1,0 +1,186 @@
+"""`inferwatch serve` as a real process: killed, restarted, robbed of its engine, stopped. Nothing begun is lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from collector.event import Goodbye, Hello, Rejection
+from tests.engine.conftest import FLAGS, MODEL, Site, make_site
+
+ROOT = Path(__file__).parent.parent.parent
+CANARY = "canaryq7x9"
+IN_FLIGHT = 6
+
+
+class Process:
+    """One `inferwatch serve`, with the site's configuration."""
+
+    def __init__(self, site: Site, model: Path) -> None:
+        self.site = site
+        self.log = site.folder / "serve.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "inferwatch.cli", "serve", "--config", str(site.config_file), str(model)]
+        command += [*FLAGS, "--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_ready(self, timeout_s: float = 240) -> None:
+        """Returns when it answers /health; fails with the end of its log."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        pytest.fail(f"the server did not start: {self.log.read_text(errors='replace')[-3000:]}")
+
+    def client(self) -> httpx.Client:
+        """HTTP with a good key."""
+        headers = {"authorization": f"Bearer {self.site.api_key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def children(self) -> list[int]:
+        """The processes that it has started: the engine core is one of them."""
+        found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in found for pid in file.read_text().split()]
+
+    def kill(self) -> None:
+        """SIGKILL to the server, its children with it."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def site(broker: Any, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Keys, configuration and journal that outlive the processes of this file."""
+    return make_site(tmp_path_factory.mktemp("process"), broker.bootstrap)
+
+
+@pytest.fixture(scope="module")
+def start(site: Site, model: Path) -> Iterator[Callable[[], Process]]:
+    """Starts a server; whatever still runs at the end is killed."""
+    started: list[Process] = []
+
+    def begin() -> Process:
+        started.append(Process(site, model))
+        started[-1].wait_ready()
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def stream(max_tokens: int, text: str = CANARY) -> dict[str, Any]:
+    """The body of a stream that lasts."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": MODEL, "messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+
+
+def in_flight(process: Process, stack: ExitStack) -> set[str]:
+    """Opens long streams and returns the ids of their requests, which the engine works on by then."""
+    ids = set()
+    for _ in range(IN_FLIGHT):
+        client = stack.enter_context(process.client())
+        answer = stack.enter_context(client.stream("POST", "/v1/chat/completions", json=stream(1500)))
+        ids.add(answer.headers["inferwatch-request-id"])
+    return ids
+
+
+def wait_for(site: Site, ids: set[str], timeout_s: float = 30) -> dict[str, str]:
+    """Status by request id, once all of them have an event."""
+    end = time.monotonic() + timeout_s
+    while True:
+        found = {e.http_request_id: e.status for e in site.events() if e.http_request_id in ids}
+        if found.keys() == ids or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+
+
+def test_nothing_begun_is_lost_and_no_text_leaves(site: Site, start: Callable[[], Process]) -> None:
+    """Requests before a SIGKILL keep their events, those in flight become `lost`, an engine's death is an error each.
+
+    One story in one test, since each start of a real server takes half a minute. Every prompt holds a canary; at the
+    end it is in no topic, journal, log or metric.
+    """
+    first = start()
+    seen = b""
+    with first.client() as client:
+        answered = client.post("/v1/chat/completions", json={**stream(4), "stream": False})
+        refused = client.post("/v1/chat/completions", json={**stream(4), "max_tokens": -1})
+        seen += client.get("/metrics").content
+    assert (answered.status_code, refused.status_code) == (200, 400)
+    with ExitStack() as stack:
+        ids = in_flight(first, stack)
+        journal = b"".join(file.read_bytes() for file in (site.folder / "journal").rglob("*") if file.is_file())
+        first.kill()
+    assert b"inference" in journal
+    seen += journal
+
+    second = start()
+    assert wait_for(site, ids) == dict.fromkeys(ids, "lost")
+    before = {e.http_request_id: (e.status, e.blocked) for e in site.events() if e.http_request_id not in ids}
+    assert before == {
+        answered.headers["inferwatch-request-id"]: ("ok", False),
+        refused.headers["inferwatch-request-id"]: ("rejected", False),
+    }
+
+    with ExitStack() as stack:
+        ids = in_flight(second, stack)
+        for pid in second.children():
+            os.kill(pid, signal.SIGKILL)
+        found = wait_for(site, ids)
+    assert found == dict.fromkeys(ids, "error")
+    second.process.send_signal(signal.SIGTERM)
+    second.process.wait(60)
+
+    records = site.records()
+    hellos = {(r.boot, type(r)) for r in records if isinstance(r, Hello | Goodbye)}
+    assert len(hellos) == 4, "each of the two boots said hello and, by itself or by its heir, goodbye"
+    assert sum(isinstance(record, Rejection) for record in records) == 1
+    seen += site.raw_topics() + first.log.read_bytes()
+    seen += b"".join(file.read_bytes() for file in (site.folder / "journal").rglob("*") if file.is_file())
+    assert CANARY.encode() not in seen
+    assert site.api_key.encode() not in seen
+
+
+def test_a_stop_with_a_request_in_flight_says_goodbye(site: Site, start: Callable[[], Process]) -> None:
+    """SIGTERM drains: the request in flight is answered, the lanes are closed, nothing stays in the journal."""
+    process = start()
+    texts: list[str] = []
+
+    def ask() -> None:
+        with process.client() as client:
+            texts.append(client.post("/v1/chat/completions", json=stream(200)).text)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(1)
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.wait(60) == 0
+    asking.join(10)
+    assert texts
+    assert texts[0].rstrip().endswith("[DONE]")
+    goodbyes = [record for record in site.records() if isinstance(record, Goodbye)]
+    assert goodbyes[-1].reason == "stopped"
+    assert not [file for file in (site.folder / "journal").rglob("*") if file.is_file() and file.stat().st_size]
