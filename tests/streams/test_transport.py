@@ -33,7 +33,7 @@ def test_repeats_are_trimmed_and_holes_refused() -> None:
     """What was applied is left out, what comes too early is refused until the missing part has come."""
     sequence = Sequencer(10)
     said = [
-        _offsets(sequence.accept(_records(*chunk)))  # type: ignore[arg-type]
+        _offsets(sequence.accept(_records(*chunk)))
         for chunk in [(8, 9), (8, 11), (14, 16), (12, 13), (12, 16), (10, 12)]
     ]
     assert said == [[], [10, 11], None, [12, 13], [14, 15, 16], []]
@@ -43,7 +43,7 @@ def test_repeats_are_trimmed_and_holes_refused() -> None:
 @given(st.integers(0, 2**32))
 def test_a_lossy_path_is_mended(seed: int) -> None:
     """Whatever chunks are dropped, doubled or cut by the fetch path, each record is applied once, in order."""
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311  # repeatable, no secret
     sequence, log, applied, at = Sequencer(0), 200, [], 0
     for _ in range(5000):
         if sequence.next >= log:
@@ -57,7 +57,7 @@ def test_a_lossy_path_is_mended(seed: int) -> None:
         if fate < 0.2:
             continue  # dropped
         for _ in range(2 if fate < 0.4 else 1):
-            fresh = sequence.accept(chunk)  # type: ignore[arg-type]
+            fresh = sequence.accept(chunk)
             if fresh is None:
                 at = sequence.next
                 break
@@ -71,7 +71,11 @@ def test_only_the_batch_topic_is_folded() -> None:
     """Records of the source come as batches of a bounded size; changelog records come one by one."""
     source, other = TP("events", 0), TP("changelog", 1)
     handed = list(BatchScheduler("events", 4).iterate({source: _records(5, 14), other: _records(0, 1)}))
-    assert [_offsets(batch.records) for tp, batch in handed if tp == source] == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
+    assert [_offsets(batch.records) for tp, batch in handed if tp == source] == [
+        [5, 6, 7, 8],
+        [9, 10, 11, 12],
+        [13, 14],
+    ]
     assert [batch.offset for tp, batch in handed if tp == source] == [8, 12, 14]
     assert [record.offset for tp, record in handed if tp == other] == [0, 1]
 
@@ -83,7 +87,9 @@ def test_the_installed_libraries_are_as_tested() -> None:
 
 def test_another_version_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer Faust is named, with what to install."""
-    monkeypatch.setattr(transport, "version", lambda name: "9.9.1" if name == "faust-streaming" else metadata.version(name))
+    monkeypatch.setattr(
+        transport, "version", lambda name: "9.9.1" if name == "faust-streaming" else metadata.version(name)
+    )
     with pytest.raises(UnknownVersion, match=r"faust-streaming 9\.9\.1 .* install 'faust-streaming==0\.15\.\*'"):
         check_versions()
 

@@ -1,7 +1,9 @@
 """Seeded audit events on real lanes, and the answer that an undisturbed run over the same log must give."""
 
+import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +34,7 @@ from detectors.finding import Finding
 from streams.deadletter import Unusable
 from streams.stage1 import stage1
 from streams.stage2 import stage2
+from tests.streams.worker import Worker
 
 SECOND_US = 1_000_000
 
@@ -105,12 +108,16 @@ def spike(
             made.append(collector.event(user, blocked=blocked, latency_ms=chance.uniform(80, 120)))
         made.extend(collector.control(Heartbeat))
     collector.at_us += 2 * SECOND_US
+    made.extend(collector.control(Heartbeat))  # closes the last second
     made.extend(collector.control(Goodbye))
     return [(key, encode(record), partition) for key, record, partition in made]
 
 
 async def send(
-    kafka: KafkaConfig, records: Sequence[tuple[bytes, bytes, int]], topic: str = "events", record_bytes_max: int = 262_144
+    kafka: KafkaConfig,
+    records: Sequence[tuple[bytes, bytes, int]],
+    topic: str = "events",
+    record_bytes_max: int = 262_144,
 ) -> None:
     """Writes records as the publisher does: whole batches, idempotent."""
     producer = make_producer(kafka, client_id="traffic")
@@ -153,7 +160,7 @@ class Answer:
 
 def expected(kafka: KafkaConfig, detect: DetectConfig, events: Sequence[ConsumerRecord]) -> Answer:
     """The engines alone over the log, in one go: no Kafka, no Faust, no restart."""
-    counts = {name: kafka.count(name) for name in ("events", "rollups", "findings")}  # type: ignore[arg-type]
+    counts = {name: kafka.count(name) for name in ("events", "rollups", "findings")}
     first = stage1(kafka, detect, counts["events"], counts["rollups"])
     second = stage2(kafka, detect, counts["events"], counts["rollups"], counts["findings"])
     merging = {partition: second.make_shard(partition) for partition in range(counts["rollups"])}
@@ -168,7 +175,7 @@ def expected(kafka: KafkaConfig, detect: DetectConfig, events: Sequence[Consumer
                     continue
         for rollup in shard.take():
             told |= _by_key([rollup.value])
-            merging[rollup.partition].observe(_Record(rollup.value))  # type: ignore[arg-type]
+            merging[rollup.partition].observe(_Record(rollup.value))
     raised = [outgoing.value for shard in merging.values() for outgoing in shard.take()]
     return Answer(told, _by_revision(raised))
 
@@ -206,3 +213,21 @@ def _by_revision(values: Sequence[bytes]) -> dict[tuple[str, int], bytes]:
         key = (finding.uid, finding.revision)
         assert found.setdefault(key, value) == value, f"told twice, and differently: {key}"
     return found
+
+
+async def caught_up(kafka: KafkaConfig, *workers: Worker, timeout_s: float = 60) -> tuple[Answer, Answer]:
+    """(what the log leads to, what the stages wrote), once the two agree; else as they are after `timeout_s`.
+
+    Where there are ticks the log goes on for ever, so it is read anew each time.
+    """
+    end_s = time.monotonic() + timeout_s
+    while True:
+        while any(worker.metric("lag_records") > 0 for worker in workers) and time.monotonic() < end_s:
+            for worker in workers:
+                assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+            await asyncio.sleep(0.2)
+        log = await read(kafka, kafka.topic("events"), kafka.count("events"))
+        wanted, found = expected(kafka, DetectConfig(), log), await observed(kafka)
+        if wanted == found or time.monotonic() > end_s:
+            return wanted, found
+        await asyncio.sleep(0.2)
