@@ -12,7 +12,8 @@ left to the probing detector. Trials of one second are added at once: their orde
 
 Cold start. First hour: compares with an assumed rate (2 %), so a tenant whose honest rate is 8 % is told of it. First
 day: the rate is learned, its daily swing is not. First week: no weekly swing. The baseline takes counts ten minutes
-late, and none of a suspicious minute, so an attack does not teach it.
+late (one while cold), and none of a suspicious minute, so an attack does not teach it; a level that lasts a day is
+normal.
 
 Memory: stage 1, about 400 bytes a user with a block within a day, plus 350 a remembered prompt (at most eight);
 stage 2, about 8 KB a key.
@@ -148,6 +149,9 @@ class KeyState(Struct):
     requests: int = 0
     settled: dict[str, float] = {}
     settled_minute: int = 0
+    suspect: dict[str, float] = {}
+    """Counts of suspicious minutes since `suspect_since_s`."""
+    suspect_since_s: int | None = None
     waiting: list[Minute] = []
     recent: list[Blocks] = []
 
@@ -240,16 +244,39 @@ class BlockRateTwo(StageTwo):
 
     def _settle(self, state: KeyState, second: int) -> None:
         """Minutes that are old enough enter the baseline, unless something was going on in them."""
-        while state.waiting and (state.waiting[0].minute + 1) * 60 <= second - self._config.settle_s:
-            waiting = state.waiting.pop(0)
+        config = self._config
+        while state.waiting:
+            settle_s = config.settle_cold_s if self._cold(state) else config.settle_s
+            waiting = state.waiting[0]
+            if (waiting.minute + 1) * 60 > second - settle_s:
+                return
+            state.waiting.pop(0)
             if waiting.suspicious:
+                self._doubt(state, waiting)
                 continue
+            state.suspect, state.suspect_since_s = {}, None
             age_s = (waiting.minute - state.settled_minute) * 60 if state.settled else 0
             fade = 0.5 ** (age_s / self._config.half_life_s)
             state.settled_minute = waiting.minute
             state.settled = {name: value * fade for name, value in state.settled.items()}
             for name, count in waiting.counts.items():
                 state.settled[name] = state.settled.get(name, 0.0) + count
+
+    def _doubt(self, state: KeyState, waiting: Minute) -> None:
+        """A suspicious minute is set aside; when nothing else came for a day, what was set aside is the new normal."""
+        if state.suspect_since_s is None:
+            state.suspect_since_s = waiting.minute * 60
+        for name, count in waiting.counts.items():
+            state.suspect[name] = state.suspect.get(name, 0.0) + count
+        if waiting.minute * 60 - state.suspect_since_s >= self._config.adopt_s:
+            state.settled, state.settled_minute = state.suspect, waiting.minute
+            state.suspect, state.suspect_since_s = {}, None
+            for chart in state.charts:
+                chart.sum = 0.0
+
+    def _cold(self, state: KeyState) -> bool:
+        """Whether the assumed rate still outweighs what was learned."""
+        return state.settled.get("requests", 0.0) < self._config.prior_blocks / self._config.prior_rate
 
     def _alarm(self, state: KeyState, chart: Chart, second: int, tenant: str, key: str) -> Alarm:
         model, _, guard = key.partition("\n")
@@ -265,7 +292,7 @@ class BlockRateTwo(StageTwo):
             merge_offsets(offsets, seen.offsets)
         samples = earliest(sample for seen in recent for sample in seen.samples)
         threshold = self._threshold(state, chart.stream, second)
-        cold = state.settled.get("requests", 0.0) < self._config.prior_blocks / self._config.prior_rate
+        cold = self._cold(state)
         severity: Severity = "high" if many and blocks >= 20 else "medium"
         users = f"{len(blocked)} users" if len(blocked) != 1 else "1 user"
         return Alarm(

@@ -73,6 +73,8 @@ class BlockRateConfig(_Table):
     settle_s: int = Field(
         600, ge=1, description="Age from which counts enter the baseline, so that an attack does not teach it."
     )
+    settle_cold_s: int = Field(60, ge=1, description="The same while the assumed rate outweighs what was learned.")
+    adopt_s: int = Field(86_400, ge=60, description="A level that lasted this long becomes the new normal.")
     half_life_s: int = Field(7 * 86_400, ge=60, description="Half-life of the baseline's memory.")
     top_user_share_max: float = Field(
         0.67, gt=0, le=1, description="A spike with a larger share from one user is left to the probing detector."

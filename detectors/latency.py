@@ -2,7 +2,8 @@
 
 Method. Calls are put in strata of prompt size and answer length (powers of four), with log-bucket histograms of total
 time, time to first token, queue and time per token. A window is compared with what its own mix of strata should have
-taken (direct standardisation; J. L. Fleiss, "Statistical Methods for Rates and Proportions", 3rd ed.): heavy prompts don't
+taken
+(direct standardisation; J. L. Fleiss, "Statistical Methods for Rates and Proportions", 1973): heavy prompts don't
 look like a slow model, and strata never seen before are left out. A window is slow when its median, or with enough
 calls its 95th percentile, is twice the expected one, 20 ms more, and beyond four robust deviations of past windows. An
 alarm needs two adjoining slow windows, and the chance of so many calls above the expected 90th percentile in both at
