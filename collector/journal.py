@@ -9,14 +9,13 @@ its type. The magic holds a byte that UTF-8 never does, so that after damage the
 for it. Only audit events and what is known of them at `begin` are written here: never a prompt's text.
 """
 
-import errno
 import fcntl
 import os
-import shutil
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -42,11 +41,12 @@ RECORD_HEAD: Final = struct.Struct("<BHIQ")
 """Type, length of the key, partition, seq."""
 ACK_ENTRY: Final = struct.Struct("<IQ")
 """Partition, first seq not acknowledged."""
+_SEGMENT_NAME: Final = re.compile(r"[0-9]{8,}\.seg\Z")
 _TYPES: Final = frozenset((META, BEGIN, RECORD, ACK))
 
 
 class JournalFull(RuntimeError):
-    """The journal's bound, or the disk's, is reached: nothing was written, the request must be refused."""
+    """The journal's bound is reached or the disk takes no more: nothing was written, the request must be refused."""
 
 
 class JournalBusy(RuntimeError):
@@ -119,7 +119,7 @@ def parse(data: bytes, *, final: bool) -> Iterator[tuple[int, bytes | None, int]
 
 def segment_numbers(folder: Path) -> list[int]:
     """The segments of a folder, oldest first."""
-    return sorted(int(path.stem) for path in folder.glob("*.seg") if path.stem.isdecimal())
+    return sorted(int(path.stem) for path in folder.iterdir() if _SEGMENT_NAME.match(path.name))
 
 
 def _segment(folder: Path, number: int) -> Path:
@@ -195,13 +195,15 @@ class Journal:
     `RESERVED_BYTES` that were kept for each.
     """
 
-    def __init__(self, config: JournalConfig, boot: str, meta: bytes = b"", *, fresh: bool = True) -> None:
+    def __init__(self, config: JournalConfig, boot: str, *, fresh: bool = True) -> None:
         """Make the folder; or, not `fresh`, go on behind the last segment of a dead boot.
 
         Raises JournalBusy where the folder is another process's or already used, FileNotFoundError where a dead boot's
         is gone, OSError where the disk says no.
         """
-        self.boot, self.meta = boot, meta
+        self.boot = boot
+        self.head: Callable[[], bytes] = bytes
+        """What to write at the head of each segment: enough to go on where all earlier ones are gone."""
         self.folder = config.dir / boot
         self.bytes_max, self._segment_bytes = config.bytes_max, config.segment_bytes
         self.drop_oldest = config.when_full == "drop-oldest"
@@ -233,7 +235,7 @@ class Journal:
         return min(self._sizes, default=0)
 
     def append(self, body: bytes, *, reserve_bytes: int = 0, bounded: bool = False) -> None:
-        """Write one record. With `bounded` the limit holds, `reserve_bytes` counted in. Raises JournalFull, OSError."""
+        """Write one record. With `bounded` the limit holds, `reserve_bytes` counted in. Raises JournalFull."""
         record = frame(body)
         if bounded and self.bytes + len(record) + reserve_bytes > self.bytes_max:
             raise JournalFull(f"the journal in {self.folder} is full ({self.bytes_max} bytes): Kafka must take events")
@@ -243,16 +245,16 @@ class Journal:
 
     def _write(self, record: bytes) -> None:
         number, offset = self.end
+        written, reason = 0, "it is full"
         try:
             written = os.pwrite(self._handle, record, offset)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            written = 0
+            reason = os.strerror(error.errno or 0)
         if written != len(record):
             # The next record goes to the same place, and readers never look behind `end`.
-            os.ftruncate(self._handle, offset)
-            raise JournalFull(f"the disk under {self.folder} is full: free some space")
+            with suppress(OSError):
+                os.ftruncate(self._handle, offset)
+            raise JournalFull(f"the disk under {self.folder} takes no more: {reason}")
         self._sizes[number] = offset + written
         self.bytes += written
         self.end = Position(number, offset + written)
@@ -262,16 +264,14 @@ class Journal:
         try:
             handle = os.open(_segment(self.folder, number), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise JournalFull(f"the disk under {self.folder} is full: free some space") from None
+            raise JournalFull(f"no new segment can be made in {self.folder}: {error.strerror}") from None
         if self._handle >= 0 and self._synced:
             self._rolled.append(self._handle)
         elif self._handle >= 0:
             os.close(self._handle)
         self._handle, self._sizes[number] = handle, 0
         self.end = Position(number, 0)
-        self._write(frame(bytes((META,)) + self.meta))
+        self._write(frame(bytes((META,)) + self.head()))
 
     def remove_before(self, segment: int) -> None:
         """Delete the segments before `segment`, never the one being written."""
@@ -293,22 +293,23 @@ class Journal:
         self._rolled = []
 
     def destroy(self) -> None:
-        """Remove the folder: everything in it is acknowledged."""
+        """Remove the folder, our own files only: everything in it is acknowledged. Raises OSError."""
         with folder_lock(self.folder.parent):
-            shutil.rmtree(self.folder)
+            for number in segment_numbers(self.folder):
+                _segment(self.folder, number).unlink()
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
             self.close()
 
 
 def dead_boots(directory: Path) -> list[str]:
     """The boots in `directory` whose process is gone (nobody holds the lock), oldest first."""
-    dead = []
+    dead: list[str] = []
     if not directory.is_dir():
         return dead
     with folder_lock(directory):
-        for folder in sorted(
-            (path for path in directory.iterdir() if path.is_dir()), key=lambda p: p.stat().st_mtime_ns
-        ):
-            handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        for folder in sorted(filter(_is_ours, directory.iterdir()), key=lambda path: path.stat().st_mtime_ns):
+            handle = os.open(folder / "lock", os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 dead.append(folder.name)
@@ -317,3 +318,9 @@ def dead_boots(directory: Path) -> list[str]:
             finally:
                 os.close(handle)
     return dead
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this is a boot's folder: a lock, segments, and nothing else. Others are never touched."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "lock" in names and all(name == "lock" or _SEGMENT_NAME.match(name) for name in names)

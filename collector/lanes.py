@@ -18,18 +18,16 @@ import msgspec
 import structlog
 
 from collector import event as events
-from collector.event import AuditEvent, Heartbeat, Integrity, Rejection
-from collector.journal import BEGIN, RESERVED_BYTES, Journal, JournalFull, Position, ack_body, lane_body
+from collector.event import AuditEvent, Goodbye, Heartbeat, Integrity, Rejection
+from collector.journal import RESERVED_BYTES, Journal, JournalFull, Position, ack_body, lane_body
+from collector.tickets import UNENCODABLE, Closed, Counters, Meta, Ticket, begin_body
 
 log = structlog.get_logger(__name__)
 
-KNOWN_BYTES_MAX: Final = 64 * 1024
-"""What is known at `begin` is left out of the journal beyond this; a `lost` event then has only its id."""
 RECORD_BYTES_MAX: Final = events.EVENT_BYTES_MAX - 256
 """What Kafka's framing leaves of a message for key and value."""
 KEY_CHARS_MAX: Final = 128
 """A key is a pseudonym."""
-GUARDS_MAX: Final = 64
 _BLANK: Final[Mapping[str, Any]] = {
     "tenant": "",
     "session_id": "",
@@ -42,69 +40,19 @@ _BLANK: Final[Mapping[str, Any]] = {
 """The fields an event must have, where the caller knows nothing better."""
 _LATENCY_MS_MAX: Final = 1e10
 
-_UNENCODABLE: Final = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
-_BEGIN: Final = bytes((BEGIN,))
 _encoder = msgspec.json.Encoder()
 AnyRecordT = TypeVar("AnyRecordT", bound=events.Record)
 
 
-class Closed(RuntimeError):
-    """The publisher is not started, was stopped, or belongs to the process that this one was forked from."""
-
-
-class Ticket:
-    """A request that was begun. `event` is set once, by `finish`."""
-
-    __slots__ = ("body", "event", "event_id", "key", "known", "partition", "segment", "started_us")
-
-    def __init__(self, event_id: str, key: bytes, partition: int, started_us: int, known: Mapping[str, object]) -> None:
-        self.event_id, self.key, self.partition, self.started_us = event_id, key, partition, started_us
-        self.known = known
-        self.body = b""
-        """As journalled."""
-        self.segment = 0
-        """Where it was journalled last."""
-        self.event: AuditEvent | None = None
-
-
-class Begun(msgspec.Struct, frozen=True):
-    """A journalled `begin`, read back."""
-
-    event_id: str
-    key: str
-    partition: int
-    started_us: int
-    known: Mapping[str, Any]
-
-
-class Counters:
-    """What heartbeats carry. The engine and the guards count here; the rest is the book's."""
-
-    __slots__ = ("dropped", "engine_requests", "events", "guard_errors", "invalid", "oversized", "rejections")
-
-    def __init__(self) -> None:
-        self.engine_requests = 0
-        self.events = 0
-        self.rejections = 0
-        self.dropped = 0
-        """Records that the journal's bound took before Kafka had them."""
-        self.oversized = 0
-        self.invalid = 0
-        self.guard_errors: dict[str, int] = {}
-
-    def guard_error(self, guard: str) -> None:
-        """One more error of this guard; at most 64 guards are told apart."""
-        if guard in self.guard_errors or len(self.guard_errors) < GUARDS_MAX:
-            self.guard_errors[guard] = self.guard_errors.get(guard, 0) + 1
-
-
 class _Lane:
-    __slots__ = ("beat_seq", "moved_s", "seq")
+    __slots__ = ("beat_end", "ended", "moved_s", "seq")
 
     def __init__(self, seq: int = 0) -> None:
         self.seq = seq
         self.moved_s = 0.0
-        self.beat_seq = -1
+        self.beat_end = Position(0, 0)
+        """Where the last heartbeat ends in the journal."""
+        self.ended = False
 
 
 class _Section:
@@ -151,6 +99,7 @@ class Book:
         self._section = _Section()
         self._closed = False
         self._drop_oldest = journal.drop_oldest
+        journal.head = self._head
         self._deferred: deque[tuple[Ticket, type[AuditEvent], dict[str, Any]]] = deque()
         alive = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _abandon(alive()))
@@ -164,9 +113,11 @@ class Book:
         """Records journalled and not acknowledged."""
         return sum(lane.seq - acked.get(partition, 0) for partition, lane in list(self._lanes.items()))
 
-    def close(self) -> None:
-        """No more begins."""
-        self._closed = True
+    def close(self) -> list[Ticket]:
+        """No more begins; returns the requests that are still open."""
+        with self._section:
+            self._closed = True
+            return list(self.open.values())
 
     def abandon(self) -> None:
         """In a forked child, which has the files but not the sender: what it wrote would mix with the parent's.
@@ -185,7 +136,7 @@ class Book:
         if len(key) > KEY_CHARS_MAX:
             raise ValueError(f"a key has at most {KEY_CHARS_MAX} characters")
         ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
-        body = ticket.body = _begin_body(ticket, key)
+        body = ticket.body = begin_body(ticket, key)
         with self._section:
             if self._closed:
                 raise Closed("the publisher is stopped: no request may begin")
@@ -254,7 +205,7 @@ class Book:
                 return raw
             self.counters.oversized += 1
             problem = "event too large"
-        except (events.BadEvent, *_UNENCODABLE):
+        except (events.BadEvent, *UNENCODABLE):
             self.counters.invalid += 1
             problem = "event out of bounds"
         log.error("an audit event can't be sent as it is; an integrity record takes its place", problem=problem)
@@ -274,24 +225,30 @@ class Book:
         }
 
     def control(self, partition: int, shape: type[AnyRecordT], key: bytes = b"", **fields: Any) -> AnyRecordT:
-        """Stamp and journal a record that is no request's; opens the lane where it is new. Raises JournalFull."""
+        """Stamp and journal a record that is no request's; opens the lane where it is new.
+
+        Raises JournalFull, and Closed after the lane's goodbye.
+        """
         with self._section:
             lane = self._lanes.setdefault(partition, _Lane())
+            if lane.ended:
+                raise Closed("the lane has ended")
             now_us = self._now_us()
             record = shape(**self._stamp(now_us, lane.seq, events.uuid7()), **fields)
             self._write(partition, lane, key, _encoder.encode(record))
             if shape is Heartbeat:
-                lane.beat_seq = lane.seq - 1
+                lane.beat_end = self.journal.end
+            lane.ended = shape is Goodbye
         self.wake()
         return record
 
-    def silent(self, silence_s: float, acked: Mapping[int, int]) -> list[int]:
-        """The lanes that want a heartbeat: silent so long, and their last one is with Kafka.
+    def silent(self, silence_s: float, sent: Position) -> list[int]:
+        """The lanes that want a heartbeat: silent so long, and their last one is before `sent`, what Kafka has.
 
         So while Kafka is away at most one heartbeat a lane waits in the journal.
         """
         limit = self._monotonic() - silence_s
-        return [p for p, lane in self._lanes.items() if lane.moved_s <= limit and acked.get(p, 0) > lane.beat_seq]
+        return [p for p, lane in self._lanes.items() if lane.moved_s <= limit and lane.beat_end <= sent]
 
     def mark(self, acked: dict[int, int]) -> None:
         """Journal that Kafka has these lanes up to here. It only saves sending again after a crash."""
@@ -330,6 +287,10 @@ class Book:
             log.warning("the journal is full: dropping its oldest segment", folder=str(self.journal.folder))
             self._release(self.journal.first + 1)
 
+    def _head(self) -> bytes:
+        seqs = {partition: lane.seq for partition, lane in self._lanes.items()}
+        return _encoder.encode(Meta(self.collector_id, self._model_version, seqs, self._last_us))
+
     def _now_us(self) -> int:
         self._last_us = max(self._clock_us(), self._last_us)
         return self._last_us
@@ -343,15 +304,6 @@ class Book:
 def _abandon(book: Book | None) -> None:
     if book is not None:
         book.abandon()
-
-
-def _begin_body(ticket: Ticket, key: str) -> bytes:
-    begun = (ticket.event_id, key, ticket.partition, ticket.started_us)
-    try:
-        body = _BEGIN + _encoder.encode(Begun(*begun, ticket.known))
-    except _UNENCODABLE:
-        body = b""
-    return body if 0 < len(body) <= KNOWN_BYTES_MAX else _BEGIN + _encoder.encode(Begun(*begun, {}))
 
 
 def _nothing() -> None:

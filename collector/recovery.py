@@ -7,8 +7,8 @@ sends the same bytes again.
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
@@ -29,17 +29,11 @@ from collector.journal import (
     dead_boots,
     parse_ack,
 )
-from collector.lanes import Begun, Book, Ticket
+from collector.lanes import Book
 from collector.sender import Sender, Tail
+from collector.tickets import Begun, Meta, Ticket
 
 log = structlog.get_logger(__name__)
-
-
-class Meta(msgspec.Struct, frozen=True):
-    """Whose journal it is; at the head of each segment."""
-
-    collector_id: str = ""
-    model_version: str = ""
 
 
 class _Glance(msgspec.Struct, frozen=True):
@@ -49,7 +43,7 @@ class _Glance(msgspec.Struct, frozen=True):
     event_id: str = ""
     subject_id: str = ""
     collector_id: str = ""
-    timestamp: Any = None
+    timestamp: datetime | None = None
 
 
 class Estate:
@@ -84,6 +78,9 @@ class Estate:
         kind = body[0]
         if kind == META:
             self.meta = self._meta.decode(body[1:])
+            self.last_us = max(self.last_us, self.meta.last_us)
+            for partition, seq in self.meta.seqs.items():
+                self.seqs[partition] = max(seq, self.seqs.get(partition, 0))
         elif kind == BEGIN:
             begun = self._begun.decode(body[1:])
             self.begun[begun.event_id] = begun
@@ -101,15 +98,15 @@ class Estate:
             self.ended.add(partition)
         if not self.meta.collector_id:
             self.meta = Meta(glance.collector_id)
-        if isinstance(glance.timestamp, str):
-            moment = msgspec.convert(glance.timestamp, events.datetime)
-            self.last_us = max(self.last_us, events.timestamp_us(moment))
+        if glance.timestamp is not None:
+            self.last_us = max(self.last_us, events.timestamp_us(glance.timestamp))
 
 
-async def recover(
-    config: JournalConfig, sender: Sender, *, collector_id: str, model_version: str, clock_us: Callable[[], int]
-) -> int:
-    """Settle all dead boots under `config.dir`; returns how many. Waits while Kafka is away. Raises OSError."""
+async def recover(config: JournalConfig, sender: Sender, *, heir: Meta, clock_us: Callable[[], int]) -> int:
+    """Settle all dead boots under `config.dir`; returns how many. Waits while Kafka is away. Raises OSError.
+
+    `heir`: who it is told for where a journal no longer says whose it was.
+    """
     boots = dead_boots(config.dir)
     for boot in boots:
         try:
@@ -117,7 +114,7 @@ async def recover(
         except (JournalBusy, FileNotFoundError):
             continue  # another process settles it
         try:
-            await _settle(journal, sender, Meta(collector_id, model_version), clock_us)
+            await _settle(journal, sender, heir, clock_us)
         except BaseException:
             journal.close()
             raise
@@ -127,7 +124,6 @@ async def recover(
 
 async def _settle(journal: Journal, sender: Sender, heir: Meta, clock_us: Callable[[], int]) -> None:
     estate = Estate(journal.folder, journal.end)
-    journal.meta = msgspec.json.encode(estate.meta)
     book = Book(
         journal,
         collector_id=estate.meta.collector_id or heir.collector_id,
@@ -146,8 +142,9 @@ async def _settle(journal: Journal, sender: Sender, heir: Meta, clock_us: Callab
 def close_estate(estate: Estate, book: Book) -> int:
     """Journal what is missing at a dead boot's end; returns the requests lost. Run again it adds nothing twice."""
     for begun in estate.begun.values():
-        partition = begun.partition
-        ticket = Ticket(begun.event_id, begun.key.encode(), partition, begun.started_us, begun.known)
+        # Another version may have known fields that events do not have now.
+        known = {name: value for name, value in begun.known.items() if name in AuditEvent.__struct_fields__}
+        ticket = Ticket(begun.event_id, begun.key.encode(), begun.partition, begun.started_us, known)
         book.reopen(ticket)
         book.finish(ticket, AuditEvent, {"status": "lost", "reason": "the collector died"})
     lanes = sorted(set(estate.seqs) - estate.ended)

@@ -51,6 +51,11 @@ class Tail:
         self.position = self._reader.position
         self.damaged_bytes = 0
 
+    @property
+    def at_end(self) -> bool:
+        """Whether Kafka has everything that the journal holds."""
+        return self.position >= self._book.journal.end
+
     def next_round(self, batch_bytes: int, records_max: int) -> Round:
         """The next unacknowledged records; empty where the journal's end is reached."""
         self._reader.position = self.position
@@ -166,8 +171,8 @@ class Sender:
             return True
         self.refused += len(failed)
         await self._retreat(", ".join(sorted({type(error).__name__ for error in failed.values()})))
-        for partition, error in failed.items():
-            if getattr(error, "errno", 0) in _REFUSED_FOR_GOOD and len(records[partition]) == 1:
+        for partition, refusal in failed.items():
+            if getattr(refusal, "errno", 0) in _REFUSED_FOR_GOOD and len(records[partition]) == 1:
                 await self._send_replacement(tail, partition, records[partition][0])
         self._records_max = max(1, max(len(records[partition]) for partition in failed) // 2)
         return False
@@ -237,5 +242,8 @@ async def drop_producer(producer: AIOKafkaProducer) -> None:
     aiokafka's own `stop` waits for them for ever, and a producer left alone would send them later.
     """
     producer._message_accumulator.fail_all(KafkaError("the producer was dropped"))  # see above
-    with contextlib.suppress(KafkaError, OSError, TimeoutError):
+    try:
         await asyncio.wait_for(producer.stop(), 2)
+    except (KafkaError, OSError, TimeoutError):
+        # A request that the broker does not answer: close its connection under it.
+        await producer.client.close()

@@ -63,7 +63,7 @@ def test_what_was_appended_is_read_back(
     """In order, over segments and read chunks of any size, from the start and from every position on the way."""
     monkeypatch.setattr(journals, "_CHUNK_BYTES", chunk)
     monkeypatch.setattr(journals, "BODY_BYTES_MAX", 600)
-    journal = Journal(_config(tmp_path_factory.mktemp("j")), "b", b"{}")
+    journal = Journal(_config(tmp_path_factory.mktemp("j")), "b")
     for body in bodies:
         journal.append(body)
     assert _read(journal) == (bodies, 0)
@@ -100,7 +100,7 @@ def test_garbage_between_records_harms_none_of_them(bodies: list[bytes], garbage
 
 
 def _small(folder: Path) -> tuple[Journal, list[bytes], bytes]:
-    journal = Journal(_config(folder), "b", b'{"collector_id":"c"}')
+    journal = Journal(_config(folder), "b")
     bodies = [
         lane_body(0, 0, b"", b'{"kind":"hello"}'),
         bytes((BEGIN,)) + b'{"event_id":"e1"}',
@@ -117,7 +117,7 @@ def _small(folder: Path) -> tuple[Journal, list[bytes], bytes]:
 def test_a_flipped_bit_anywhere_costs_one_record_at_most(tmp_path: Path) -> None:
     """Every bit of a small journal, one at a time: the record it is in is lost and counted, no other one is."""
     journal, bodies, raw = _small(tmp_path)
-    meta = 12 + 1 + len(b'{"collector_id":"c"}')
+    meta = 12 + 1
     starts = [meta]
     for body in bodies:
         starts.append(starts[-1] + 12 + len(body))
@@ -152,9 +152,9 @@ def test_a_journal_cut_anywhere_keeps_what_was_whole(tmp_path: Path) -> None:
 
 def test_the_bound_refuses_and_what_was_admitted_still_goes_in(tmp_path: Path) -> None:
     """At `bytes_max` a bounded append raises JournalFull and writes nothing; an unbounded one is written."""
-    journal = Journal(_config(tmp_path, bytes_max=65_536), "b", b"{}")
+    journal = Journal(_config(tmp_path, bytes_max=65_536), "b")
     body = bytes((BEGIN,)) + bytes(1000)
-    admitted = (65_536 - 4096) // (12 + len(body) + 5)
+    admitted = (65_536 - 4096) // (12 + len(body) + 4)
     for _ in range(admitted):
         journal.append(body, reserve_bytes=4096, bounded=True)
     with pytest.raises(JournalFull, match="65536 bytes"):
@@ -181,12 +181,15 @@ def _largest_file(size: int) -> Iterator[None]:
 
 def test_a_full_disk_refuses_and_leaves_no_half_record(tmp_path: Path) -> None:
     """A write that the system cuts short is taken back and told as JournalFull; with room again the journal goes on."""
-    journal = Journal(_config(tmp_path), "b", b"{}")
+    journal = Journal(_config(tmp_path), "b")
     body = lane_body(0, 0, b"", b"x" * 500)
     journal.append(body)
     before = journal.end
     for room in (0, 1, 11, 12, 300):
-        with _largest_file(before.offset + room), pytest.raises(JournalFull, match=r"the disk under .* is full"):
+        with (
+            _largest_file(before.offset + room),
+            pytest.raises(JournalFull, match="takes no more: "),
+        ):
             journal.append(body)
         assert journal.end == before
         assert _segments(journal)[0].stat().st_size == before.offset
@@ -197,7 +200,7 @@ def test_a_full_disk_refuses_and_leaves_no_half_record(tmp_path: Path) -> None:
 
 def test_a_full_disk_at_a_new_segment_harms_nothing(tmp_path: Path) -> None:
     """Where not even the head of a segment fits, the next append with room makes it."""
-    journal = Journal(_config(tmp_path), "b", b"{}")
+    journal = Journal(_config(tmp_path), "b")
     body = lane_body(0, 0, b"", b"x" * 5000)
     journal.append(body)
     for _ in range(3):
@@ -213,7 +216,7 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from collector.config import JournalConfig;"
         "from collector.journal import Journal;"
-        "j = Journal(JournalConfig(dir=Path(sys.argv[1])), 'b', b'{}'); j.append(b'\\x02x');"
+        "j = Journal(JournalConfig(dir=Path(sys.argv[1])), 'b'); j.append(b'\\x02x');"
         "print('open', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -248,9 +251,25 @@ def test_nobody_takes_a_new_folder_for_a_dead_one(tmp_path: Path) -> None:
     assert dead_boots(tmp_path / "absent") == []
 
 
+def test_folders_that_are_not_ours_are_never_touched(tmp_path: Path) -> None:
+    """A folder without our lock, or with another file in it, is no dead boot, whatever `dir` was set to."""
+    Journal(_config(tmp_path), "ours").close()
+    for name, files in {"empty": [], "other": ["lock", "notes.txt"], "bare": ["00000001.seg"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("precious")
+    assert dead_boots(tmp_path) == ["ours"]
+    mixed = Journal(_config(tmp_path), "mixed")
+    (mixed.folder / "notes.txt").write_text("precious")
+    with pytest.raises(OSError, match="not empty"):
+        mixed.destroy()
+    assert (mixed.folder / "notes.txt").read_text() == "precious"
+    mixed.close()
+
+
 def test_a_reader_passes_over_segments_that_are_gone(tmp_path: Path) -> None:
     """What drop-oldest took is not there; the rest is read, from any position before it."""
-    journal = Journal(_config(tmp_path), "b", b"{}")
+    journal = Journal(_config(tmp_path), "b")
     bodies = [lane_body(0, seq, b"", b"x" * 1500) for seq in range(20)]
     for body in bodies:
         journal.append(body)
@@ -266,7 +285,7 @@ def test_a_reader_passes_over_segments_that_are_gone(tmp_path: Path) -> None:
 
 def test_a_journal_is_for_its_owner_only(tmp_path: Path) -> None:
     """Folder 0700, files 0600: events are pseudonymous, not public."""
-    journal = Journal(_config(tmp_path / "j"), "b", b"{}")
+    journal = Journal(_config(tmp_path / "j"), "b")
     journal.append(lane_body(0, 0, b"", b"{}"))
     modes = {path.stat().st_mode & 0o777 for path in journal.folder.iterdir()}
     assert (modes, journal.folder.stat().st_mode & 0o777) == ({0o600}, 0o700)

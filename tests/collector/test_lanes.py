@@ -17,11 +17,11 @@ from collector import event as events
 from collector.config import JournalConfig
 from collector.event import AnyRecord, AuditEvent, BadEvent, Goodbye, Heartbeat, Hello, Integrity, Rejection
 from collector.journal import RECORD, RECORD_HEAD, Journal, JournalFull, Position, Reader
-from collector.lanes import RECORD_BYTES_MAX, Book, Closed, Ticket
-from collector.recovery import Estate, Meta, close_estate
+from collector.lanes import RECORD_BYTES_MAX, Book
+from collector.recovery import Estate, close_estate
+from collector.tickets import Closed, Ticket
 
 NOW_US = 1_760_000_000_000_000
-META = msgspec.json.encode(Meta("host-1", "tiny@1"))
 KNOWN: dict[str, object] = {"tenant": "default", "user_id": "u_" + "1" * 32}
 
 
@@ -40,7 +40,7 @@ def _config(folder: Path, **changes: object) -> JournalConfig:
 
 
 def _book(folder: Path, clock: Clock, **changes: object) -> Book:
-    journal = Journal(_config(folder, **changes), "boot-1", META)
+    journal = Journal(_config(folder, **changes), "boot-1")
     book = Book(journal, collector_id="host-1", model_version="tiny@1", clock_us=clock)
     for partition in range(2):
         book.control(partition, Hello)
@@ -59,7 +59,7 @@ def _lanes(journal: Journal) -> list[tuple[int, int, AnyRecord]]:
 
 def _recovered(folder: Path, clock: Clock) -> tuple[Estate, Book]:
     """The journal of the dead `boot-1`, closed as recovery closes it."""
-    journal = Journal(_config(folder), "boot-1", META, fresh=False)
+    journal = Journal(_config(folder), "boot-1", fresh=False)
     estate = Estate(journal.folder, journal.end)
     book = Book(
         journal,
@@ -224,7 +224,7 @@ def test_what_was_begun_and_not_finished_is_lost_once(tmp_path: Path) -> None:
 
     clock.us += 9000
     estate, book = _recovered(tmp_path, clock)
-    assert (list(estate.begun), estate.damaged_bytes, estate.meta) == ([lost.event_id], 0, Meta("host-1", "tiny@1"))
+    assert (list(estate.begun), estate.damaged_bytes, estate.meta.collector_id) == ([lost.event_id], 0, "host-1")
     first = _lanes(book.journal)
     book.journal.close()
     added = [(partition, seq, type(record).__name__) for partition, seq, record in first[3:]]
@@ -285,6 +285,25 @@ def _fill(book: Book) -> list[Ticket]:
     return admitted
 
 
+def test_a_quiet_lane_keeps_its_number_when_its_segments_are_gone(tmp_path: Path) -> None:
+    """The head of each segment says where all lanes stood: a lost event there goes on counting."""
+    clock = Clock()
+    book = _book(tmp_path, clock)
+    for _ in range(3):
+        book.control(1, Heartbeat)
+    lost = book.begin("u_9", 1, KNOWN)
+    while book.journal.end.segment < 4:
+        book.finish(book.begin("u_1", 0, KNOWN), AuditEvent, {"status": "ok"})
+    book.release(Position(4, 0))
+    last_us = book.last_us
+    book.journal.close()
+    clock.us -= 10**9
+    _, book = _recovered(tmp_path, clock)
+    told = [(p, seq, r) for p, seq, r in _lanes(book.journal) if r.event_id == lost.event_id]
+    assert [(p, seq, events.timestamp_us(r.timestamp) >= last_us) for p, seq, r in told] == [(1, 4, True)]
+    book.journal.close()
+
+
 def test_a_full_journal_refuses_new_requests_and_finishes_old_ones(tmp_path: Path) -> None:
     """`refuse`: JournalFull at begin, nothing begun; every request admitted before still gets its event."""
     clock = Clock()
@@ -340,13 +359,15 @@ def test_only_silent_lanes_whose_last_heartbeat_arrived_want_one(tmp_path: Path)
     now = [100.0]
     book = _book(tmp_path, Clock())
     book._monotonic = lambda: now[0]
+    before = book.journal.end
     book.control(0, Heartbeat)
+    after = book.journal.end
     book.control(1, Hello)
     now[0] = 100.2
-    assert book.silent(0.25, {0: 2, 1: 2}) == []
+    assert book.silent(0.25, after) == []
     now[0] = 100.25
-    assert book.silent(0.25, {0: 2, 1: 2}) == [0, 1]
-    assert book.silent(0.25, {0: 1, 1: 0}) == [1]
+    assert book.silent(0.25, after) == [0, 1]
+    assert book.silent(0.25, before) == [1]
     book.journal.close()
 
 
@@ -359,6 +380,7 @@ def test_any_history_recovers_exactly(tmp_path_factory: pytest.TempPathFactory, 
     book = _book(folder, clock, bytes_max=10_000_000)
     is_open: list[Ticket] = []
     begun, ended, sent = set(), set(), {0: 1, 1: 1}
+    seen: dict[int, list[int]] = {0: [], 1: []}
     for _ in range(turns):
         clock.us += rng.randint(-5, 50)
         turn = rng.random()
@@ -369,12 +391,15 @@ def test_any_history_recovers_exactly(tmp_path_factory: pytest.TempPathFactory, 
             ticket = is_open.pop(rng.randrange(len(is_open)))
             shape = rng.choice([AuditEvent, Rejection])
             ended.add(book.finish(ticket, shape, {"status": "ok"}).event_id)
+            seen[ticket.partition].append(1)
             sent[ticket.partition] = ticket.event.seq + 1 if ticket.event else 0
         elif turn < 0.9:
             book.mark(dict(sent))
         else:
             book.release(Position(book.journal.end.segment, 0))
     book.journal.close()
+    left = Counter(ticket.partition for ticket in is_open)
+    given = {lane: sum(seen[lane]) + 1 + left[lane] for lane in range(2)}
     estate, book = _recovered(folder, clock)
     assert set(estate.begun) == begun - ended
     written = _lanes(book.journal)
@@ -382,7 +407,7 @@ def test_any_history_recovers_exactly(tmp_path_factory: pytest.TempPathFactory, 
     assert lost == Counter(begun - ended)
     for lane in range(2):
         seqs = [seq for partition, seq, _ in written if partition == lane]
-        assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
+        assert seqs == list(range(given[lane] + 1))[-len(seqs) :]
         assert isinstance([record for partition, _, record in written if partition == lane][-1], Goodbye)
     times = [record.timestamp for _, _, record in written]
     assert times == sorted(times)
