@@ -6,11 +6,10 @@ from typing import Final
 from dashboards.cells import Row, brief, number_of
 from dashboards.lookups import EVENTS_PAGE
 from dashboards.markup import Markup, element, joined, shown
-from dashboards.scope import Scope, moment_ms
+from dashboards.scope import VALUE_CHARACTERS_MAX, Scope, moment_ms
 from dashboards.units import MISSING, clock, exact, short
 
 FILTERS: Final = ("user", "session", "api_key", "address", "model", "prompt", "event", "only")
-FILTER_CHARACTERS_MAX: Final = 300
 HEADS: Final = (
     "Time (UTC)",
     "Status",
@@ -29,7 +28,7 @@ _TONES: Final = {"ok": "quiet", "error": "bad", "lost": "bad", "aborted": "quiet
 
 def filters_of(query: Mapping[str, str]) -> dict[str, str]:
     """The filters that an address names, cut to a length no identifier has; the rest is empty."""
-    return {name: query.get(name, "")[:FILTER_CHARACTERS_MAX] for name in FILTERS}
+    return {name: query.get(name, "")[:VALUE_CHARACTERS_MAX] for name in FILTERS}
 
 
 def events_article(rows: Sequence[Row], filters: Mapping[str, str], scope: Scope) -> Markup:
@@ -99,7 +98,9 @@ def _event(row: Row, scope: Scope) -> Markup:
         brief(f"{user}/{session}"),
     )
     prompt = str(row["prompt_hash"])
-    hashed = element("a", {"href": scope.link("/events", prompt=prompt), "title": prompt}, shown(prompt, 18))
+    hashed = element(
+        "a", {"href": scope.link("/events", prompt=prompt), "title": shown(prompt, 100)}, shown(prompt, 18)
+    )
     latency = number_of(row["latency_ms"])
     cells = (
         (None, element("time", {"title": f"event {event_id}"}, clock(at_ms) + f".{int(at_ms) % 1000:03d}")),

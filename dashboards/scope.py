@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Final
 from urllib.parse import quote, urlencode
 
 from dashboards.window import BadWindow, Window, asked
 
-TENANT_CHARACTERS_MAX = 256
+TENANT_CHARACTERS_MAX: Final = 256
+VALUE_CHARACTERS_MAX: Final = 300
+"""More than any identifier has; what data put into an address is cut there."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Scope:
     def link(self, path: str, **more: str) -> str:
         """An address on this host that keeps the time range and the tenant, unless `more` says otherwise."""
         query = {**({"tenant": self.tenant} if self.tenant else {}), **self.window.address(), **more}
-        return f"{path}?{urlencode({key: value for key, value in query.items() if value})}"
+        return f"{path}?{urlencode({key: value[:VALUE_CHARACTERS_MAX] for key, value in query.items() if value})}"
 
     def finding(self, uid: object) -> str:
         """The address of a finding's page."""
