@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dashboards.markup import Markup, element, joined, shown
-from dashboards.units import clock, exact, short, tick_labels, ticks
+from dashboards.units import axis, clock, exact, short
 from dashboards.window import Window
 
 SIDE: Final = 1000.0
@@ -71,15 +71,15 @@ def draw(
     link: Callable[[str], str] = "/finding/{}".format,
 ) -> Markup:
     """The whole figure: value axis, plot, marks, time axis, and the table of its numbers."""
-    steps = ticks(top_of(lines, stacked=stacked, limits=limits) * HEADROOM)
-    top = steps[-1]
+    steps = axis(top_of(lines, stacked=stacked, limits=limits) * HEADROOM, unit)
+    top = steps[-1][0]
     in_window = [mark for mark in marks if mark.last_ms >= window.from_ms and mark.first_ms < window.to_ms]
     hours = window.ticks()
     canvas = element(
         "svg",
         {"class": "drawn", "role": "img", "aria-label": _spoken(title, lines, unit), "width": "100%", "height": "100%"},
         (_band(window, mark) for mark in in_window[:MARKS_MAX]),
-        (_grid(1 - step / top) for step in steps),
+        (_grid(1 - step / top) for step, _ in steps),
         (_hour(share) for share, _ in hours),
         _paths(lines, top, stacked=stacked),
         (_limit(limit, top) for limit in limits if limit.value <= top),
@@ -93,7 +93,7 @@ def draw(
             "role": "group",
             "aria-label": f"{title}: arrow keys read the values",
         },
-        element("svg", {"class": "values", "aria-hidden": "true"}, _values(steps, unit)),
+        element("svg", {"class": "values", "aria-hidden": "true"}, _values(steps)),
         element("div", {"class": "canvas"}, canvas, element("div", {"class": "cursor", "hidden": True})),
         _marks(window, in_window, link),
         element("svg", {"class": "hours", "aria-hidden": "true"}, (_label(share, text) for share, text in hours)),
@@ -191,11 +191,9 @@ def _hour(share: float) -> Markup:
     return element("line", {"class": "grid", "x1": x, "x2": x, "y1": "0", "y2": "100%"})
 
 
-def _values(steps: list[float], unit: str) -> list[Markup]:
-    return [
-        element("text", {"x": "100%", "y": f"{100 * (1 - step / steps[-1]):.2f}%"}, label)
-        for step, label in zip(steps, tick_labels(steps, unit), strict=True)
-    ]
+def _values(steps: Sequence[tuple[float, str]]) -> list[Markup]:
+    top = steps[-1][0]
+    return [element("text", {"x": "100%", "y": f"{100 * (1 - step / top):.2f}%"}, label) for step, label in steps]
 
 
 def _label(share: float, text: str) -> Markup:

@@ -18,6 +18,7 @@ SUFFIX: Final[dict[str, str]] = {
 }
 MISSING: Final = "–"
 _SPANS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+_AXIS_SPANS: Final = ((3_600, "h"), (60, "min"), (1, "s"))
 
 
 def short(value: float | None, unit: str = "count") -> str:
@@ -85,12 +86,22 @@ def ticks(top: float, count: int = 4) -> list[float]:
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def tick_labels(steps: list[float], unit: str) -> list[str]:
-    """The labels of a value axis: all on one scale, and the rate's `/min` only once, on top."""
-    suffix = SUFFIX[unit] if unit in SUFFIX and unit not in ("ratio", "ms", "s") else None
-    if suffix is None:
-        return [short(step, unit) for step in steps]
-    return [_scaled(step, steps[-1]) + (suffix if step == steps[-1] else "") for step in steps]
+def axis(top: float, unit: str) -> list[tuple[float, str]]:
+    """The values and labels of an axis from 0 to at least `top`: all on one scale, with the rate's `/min` once, on top.
+
+    Times are round in the unit they are told in: 90 s, but 5 min.
+    """
+    if unit in ("ms", "s"):
+        seconds = top / 1000 if unit == "ms" else top
+        size, name = next(
+            ((size, name) for size, name in _AXIS_SPANS if seconds >= (5 if size > 1 else 1) * size), (0.001, "ms")
+        )
+        one = size * 1000 if unit == "ms" else size
+        return [(step * one, f"{_digits(step)} {name}") for step in ticks(top / one)]
+    steps = ticks(top)
+    if unit == "ratio":
+        return [(step, short(step, unit)) for step in steps]
+    return [(step, _scaled(step, steps[-1]) + (SUFFIX.get(unit, "") if step == steps[-1] else "")) for step in steps]
 
 
 def _scaled(value: float, like: float | None = None) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboards.units import ago, clock, duration, exact, short, tick_labels, ticks
+from dashboards.units import ago, axis, clock, duration, exact, short, ticks
 
 
 @pytest.mark.parametrize(
@@ -73,5 +73,24 @@ def test_ticks_of_nothing_are_an_axis_all_the_same(top: float) -> None:
 
 def test_labels_of_an_axis_share_one_scale() -> None:
     """Not `5,000` under `10k`; a rate says its unit once."""
-    assert tick_labels([0, 5_000, 10_000], "per_minute") == ["0", "5k", "10k/min"]
-    assert tick_labels([0, 0.2], "ratio") == ["0 %", "20 %"]
+    assert axis(17_000, "per_minute") == [
+        (0, "0"),
+        (5_000, "5k"),
+        (10_000, "10k"),
+        (15_000, "15k"),
+        (20_000, "20k/min"),
+    ]
+    assert axis(0.38, "ratio")[-1] == (0.4, "40 %")
+
+
+def test_times_on_an_axis_are_round_in_one_unit() -> None:
+    """Up to five minutes seconds, below one second milliseconds; never `1 min` between `40 s` and `80 s`."""
+    assert [label for _, label in axis(75_000, "ms")] == ["0 s", "20 s", "40 s", "60 s", "80 s"]
+    assert [label for _, label in axis(900_000, "ms")] == ["0 min", "5 min", "10 min", "15 min"]
+    assert axis(0.18, "s") == [
+        (0.0, "0 ms"),
+        (0.05, "50 ms"),
+        (0.1, "100 ms"),
+        (pytest.approx(0.15), "150 ms"),
+        (0.2, "200 ms"),
+    ]
