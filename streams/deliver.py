@@ -105,8 +105,8 @@ class Outlet:
         source = self._sources[finding.uid, finding.revision]
         await self._letters.put([(source, f"sink {self.name}: {reason}")])
 
-    def lag(self) -> int:
-        """Findings on the topic and not delivered yet."""
+    def lag(self) -> int | None:
+        """Findings on the topic and not delivered yet; None while that is not known."""
         return lag_of(self._consumer, self._done)
 
 
@@ -146,18 +146,20 @@ class Deliver:
         totals: dict[str, int] = {}
         levels: dict[str, float] = {}
         troubles = []
+        lags: dict[str, int | None] = {}
         for outlet in self._outlets:
-            lag = outlet.lag()
+            lag = lags[outlet.name] = outlet.lag()
             totals |= {f"{outlet.name}_{name}": total for name, total in outlet.delivery.totals.items()}
             levels |= {f"{outlet.name}_{name}": level for name, level in outlet.delivery.levels.items()}
-            levels[f"{outlet.name}_behind"] = float(lag)
+            levels[f"{outlet.name}_behind"] = float(lag or 0)
             if outlet.delivery.why:
                 troubles.append(f"{outlet.name}: {outlet.delivery.why}")
-            elif lag >= self._streams.lag_records_slow:
+            elif lag is not None and lag >= self._streams.lag_records_slow:
                 troubles.append(f"{outlet.name} is slow: {lag} findings behind")
         return Reading(
-            why="; ".join(troubles),
-            lag=sum(outlet.lag() for outlet in self._outlets),
+            ready=None not in lags.values(),
+            why="; ".join(troubles) or ("starting" if None in lags.values() else ""),
+            lag=sum(lag or 0 for lag in lags.values()),
             drops=self._letters.count,
             totals=totals,
             levels=levels,

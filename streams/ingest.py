@@ -114,9 +114,11 @@ class Intake:
         self.next = batch[-1].offset + 1
         return rows
 
-    def stored(self) -> None:
-        """The rows of the last batch are in the store."""
+    def stored(self) -> bool:
+        """The rows of the last batch are in the store. True where that is news: commits must never go back."""
+        news = self.next > self._stored_before
         self._stored_before = max(self._stored_before, self.next)
+        return news
 
     def save(self) -> None:
         """Saves the clock, unless rows that it has seen are still on their way."""
@@ -173,10 +175,12 @@ class Ingest:
         late, unreadable = counters.pop("late", 0), counters.pop("unreadable", 0)
         done = {tp: intake.next for tp, intake in self._intakes.items()}
         least = min(watermarks, default=NEVER)
+        lags = [lag_of(self._consumer, done), self._copying.lag()]
+        started = None not in lags
         return Reading(
-            ready=bool(self._intakes) and not self._insertions.why,
-            why=self._insertions.why or ("" if self._intakes else "starting"),
-            lag=lag_of(self._consumer, done) + self._copying.lag(),
+            ready=started and not self._insertions.why,
+            why=self._insertions.why or ("" if started else "starting"),
+            lag=sum(lag or 0 for lag in lags),
             watermark_us=None if least == NEVER else least,
             late=late,
             drops=unreadable + self._letters.count,
@@ -240,8 +244,8 @@ class Ingest:
                 token = token_of(intake.tp.topic, intake.tp.partition, first, last)
                 await self._insertions.make(self._store.insert_events, rows, token)
                 self._stored += len(rows)
-            intake.stored()
-            await commit(consumer, intake.tp, last + 1)
+            if intake.stored():
+                await commit(consumer, intake.tp, last + 1)
 
     def _save(self) -> None:
         for intake in self._intakes.values():

@@ -291,12 +291,13 @@ class StageWorker:
 
     def reading(self) -> Reading:
         """The worker's health."""
-        ready = self._restored
+        ends = {partition: self._consumer.end_offset(partition) for partition in self._owned}
+        ready = self._restored and None not in ends.values()
         counters: Counter[str] = Counter()
         lag, watermarks = 0, []
         for partition, owned in self._owned.items():
             counters.update(owned.shard.counters())
-            lag += max((self._consumer.end_offset(partition) or 0) - owned.sequence.next, 0)
+            lag += max((ends[partition] or 0) - owned.sequence.next, 0)
             watermarks.append(owned.shard.watermark_us())
             counters["repeats"] += owned.sequence.repeats
             counters["holes"] += owned.sequence.holes

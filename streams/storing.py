@@ -130,12 +130,13 @@ class Copying:
     async def run(self) -> None:
         """Copies until cancelled."""
         tps = [TopicPartition(topic, p) for topic, count in self._counts.items() for p in range(count)]
-        consumer = self._consumer = make_consumer(self._kafka, group_id=f"{self._kafka.topic_prefix}-store")
+        consumer = make_consumer(self._kafka, group_id=f"{self._kafka.topic_prefix}-store")
         await consumer.start()
         try:
             # One process owns the store, so it takes all partitions and no group has to agree.
             consumer.assign(tps)
             self._done = {tp: await consumer.committed(tp) or 0 for tp in tps}
+            self._consumer = consumer
             while True:
                 fetched = await consumer.getmany(timeout_ms=1000, max_records=self._streams.ingest_rows_max)
                 for tp, records in fetched.items():
@@ -145,8 +146,8 @@ class Copying:
         finally:
             await consumer.stop()
 
-    def lag(self) -> int:
-        """Records appended and not copied yet."""
+    def lag(self) -> int | None:
+        """Records appended and not copied yet; None while that is not known."""
         return lag_of(self._consumer, self._done)
 
     async def _copy(self, tp: TopicPartition, records: Sequence[ConsumerRecord]) -> None:
@@ -166,9 +167,17 @@ class Copying:
             self.copied += len(usable)
 
 
-def lag_of(consumer: AIOKafkaConsumer | None, done: Mapping[TopicPartition, int]) -> int:
-    """Records appended and not handled yet, as the last fetches said. `done`: the next offset to handle."""
+def lag_of(consumer: AIOKafkaConsumer | None, done: Mapping[TopicPartition, int]) -> int | None:
+    """Records appended and not handled yet, as the last fetches said; None before a fetch of every partition.
+
+    `done` holds the next offset to handle of each partition.
+    """
     if consumer is None:
-        return 0
-    ends = {tp: consumer.highwater(tp) for tp in consumer.assignment()}
-    return sum(max(end - done.get(tp, 0), 0) for tp, end in ends.items() if end is not None)
+        return None
+    lag = 0
+    for tp in consumer.assignment():
+        end = consumer.highwater(tp)
+        if end is None:
+            return None
+        lag += max(end - done.get(tp, 0), 0)
+    return lag

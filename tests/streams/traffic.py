@@ -113,6 +113,11 @@ def spike(
     return [(key, encode(record), partition) for key, record, partition in made]
 
 
+def noise(size: int) -> bytes:
+    """Bytes that don't compress, always the same."""
+    return random.Random(1).randbytes(size)  # noqa: S311  # repeatable, no secret
+
+
 async def send(
     kafka: KafkaConfig,
     records: Sequence[tuple[bytes, bytes, int]],

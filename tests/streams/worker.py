@@ -120,17 +120,18 @@ def _main(told: Mapping[str, object]) -> None:
         beside.rename(folder / "url")
 
     if told["role"] == "ingest":
-        _ingest(kafka, streams, folder)
+        _ingest(kafka, streams, folder, serving)
     else:
         run = {"stage1": run_stage1, "stage2": run_stage2}[str(told["role"])]
         run(kafka, DetectConfig(), streams, data_dir=folder, config_digest="test", on_serving=serving)
 
 
-def _ingest(kafka: KafkaConfig, streams: StreamsConfig, folder: Path) -> None:
+def _ingest(kafka: KafkaConfig, streams: StreamsConfig, folder: Path, serving: Callable[[str], None]) -> None:
     import asyncio
 
     from sinks.clickhouse.store import open_store
     from sinks.config import StoreConfig
+    from streams.health import Health
     from streams.ingest import Ingest
     from streams.process import run_until_stopped
 
@@ -138,10 +139,12 @@ def _ingest(kafka: KafkaConfig, streams: StreamsConfig, folder: Path) -> None:
 
     async def main(stop: asyncio.Event) -> None:
         ingest = Ingest(kafka, streams, DetectConfig().time, store, data_dir=folder / "progress")
-        running = asyncio.create_task(ingest.run())
-        await stop.wait()
-        ingest.stop()
-        await running
+        async with Health("ingest", kafka, streams, ingest.reading) as health:
+            serving(health.url)
+            running = asyncio.create_task(ingest.run())
+            await stop.wait()
+            ingest.stop()
+            await running
 
     run_until_stopped(main)
     store.close()
