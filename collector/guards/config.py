@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from collector.guards.injection import InjectionConfig
 from collector.guards.protocol import GuardPolicy
 from collector.guards.secrets import SecretsConfig
 
@@ -18,7 +19,7 @@ class GuardsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     order: tuple[str, ...] = Field(
-        ("secrets",),
+        ("injection", "secrets"),
         max_length=16,
         description="The guards that run, in this order, by the names of their tables. Empty: none. All of them judge, "
         "also after the first has blocked.",
@@ -39,6 +40,9 @@ class GuardsConfig(BaseModel):
         "returns, and its verdicts are error Stuck.",
     )
 
+    injection: InjectionConfig = Field(
+        default_factory=InjectionConfig, description="Prompt injection and jailbreak classifier."
+    )
     secrets: SecretsConfig = Field(default_factory=SecretsConfig, description="Secrets and personal data by pattern.")
 
     @classmethod

@@ -27,6 +27,8 @@ DEFAULT_ACTIONS: Final[Mapping[Kind, Action]] = {"email": "report", "phone": "re
 """Every other kind blocks."""
 _OUTPUT: Final[frozenset[Stage]] = frozenset({"output"})
 _REPORT_SCORE: Final = 0.25
+_CARD_DIGITS_MIN: Final = 13
+_CARD_DIGITS_MAX: Final = 19
 ENTROPY_BITS_MIN: Final = 3.3
 """Shannon entropy per character from which a value beside a telling name counts: words and placeholders lie below."""
 
@@ -80,15 +82,21 @@ def is_card(digits: str) -> bool:
 
 
 def has_card(run: str) -> bool:
-    """Whether a run of digit groups, parted by blanks or hyphens, holds a card number made of whole groups."""
+    """Whether a run of digit groups, parted by blanks or hyphens, holds a card number made of whole groups.
+
+    Groups of one digit count only where the whole run is the number: nobody writes cards so, but lists of numbers are.
+    """
     groups = re.split("[ -]", run)
+    whole = "".join(groups) if len(groups) <= _CARD_DIGITS_MAX else ""
+    if _CARD_DIGITS_MIN <= len(whole) <= _CARD_DIGITS_MAX and is_card(whole):
+        return True
     for first in range(len(groups)):
         digits = ""
-        for group in groups[first : first + 19]:
+        for group in groups[first : first + _CARD_DIGITS_MAX // 2 + 1]:
             digits += group
-            if len(digits) > 19:
+            if len(group) < 2 or len(digits) > _CARD_DIGITS_MAX:
                 break
-            if len(digits) >= 13 and is_card(digits):
+            if len(digits) >= _CARD_DIGITS_MIN and is_card(digits):
                 return True
     return False
 
@@ -191,9 +199,8 @@ class SecretsGuard:
     labels: frozenset[str] = frozenset(get_args(Kind))
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None, contacts_max: int = 0) -> None:
-        self._actions: dict[str, Action] = {}
-        self._actions.update(DEFAULT_ACTIONS)
-        self._actions.update(actions or {})
+        chosen: dict[Kind, Action] = {**DEFAULT_ACTIONS, **(actions or {})}
+        self._actions: Mapping[str, Action] = {str(kind): action for kind, action in chosen.items()}
         self._contacts_max = contacts_max
         parts = [(pattern.kind, pattern.regex.pattern) for pattern in PATTERNS]
         told = repr((parts, _EMAIL.pattern, _PHONE.pattern, sorted(self._actions.items()), contacts_max))
