@@ -327,10 +327,12 @@ TABLES: Final = (
 ACCOUNT: Final = Panel(
     name="account",
     title="Account of the events",
-    answers="What became of the records that reached the store in this time range?",
+    answers="What is stored, what is on its way, and what was left out and why?",
     kind="status",
     sql="""
-        WITH stored AS (
+        WITH (SELECT sum(lag) FROM process_status WHERE role = 'store') AS waiting,
+        (SELECT sum(drops) FROM process_status WHERE role = 'store') AS unusable,
+        stored AS (
             SELECT count() AS events, countIf(late) AS late, countIf(duplicate) AS doubled,
                 countIf(quarantined) AS quarantined, countIf(status = 'lost') AS lost
             FROM events WHERE $in_range AND $tenant
@@ -339,6 +341,8 @@ ACCOUNT: Final = Panel(
         FROM stored
         ARRAY JOIN [
             ('stored', toString(events), ''),
+            ('on Kafka, not stored yet', toString(waiting), ''),
+            ('unusable, in the dead letter', toString(unusable), if(unusable > 0, 'bad', '')),
             ('late: stored after their second was closed', toString(late), if(late > 0, 'watch', '')),
             ('duplicates, left out of the panels', toString(doubled), ''),
             ('quarantined, left out of the panels', toString(quarantined), if(quarantined > 0, 'bad', '')),

@@ -284,7 +284,6 @@ def statuses(now_iso: str) -> list[dict[str, object]]:
     return [
         record("stage1", lag=12, watermark=now_iso),
         record("stage2", lag=3, watermark=now_iso),
-        record("ingest", lag=31, watermark=now_iso),
         record("deliver", ready=False, why="webhook: refused 3 times, waiting 8 s", lag=4),
-        record("store"),
+        record("store", lag=31, drops=2, watermark=now_iso),
     ]

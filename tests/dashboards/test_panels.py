@@ -120,7 +120,21 @@ def test_a_tenant_sees_its_own_events_only(by_hand: StoreProcess) -> None:
 def test_the_account_says_what_was_left_out(by_hand: StoreProcess) -> None:
     """All 15 rows are in it: 13 that count, one duplicate, one quarantined."""
     rows = asked(by_hand, "account", START_US, START_US + 120_000_000)
-    assert [(row["value"], row["tone"]) for row in rows] == [("15", ""), ("0", ""), ("1", ""), ("1", "bad"), ("0", "")]
+    assert [(str(row["label"]).partition(",")[0].partition(":")[0], row["value"], row["tone"]) for row in rows] == [
+        ("stored", "15", ""),
+        ("on Kafka", "0", ""),
+        ("unusable", "0", ""),
+        ("late", "0", ""),
+        ("duplicates", "1", ""),
+        ("quarantined", "1", "bad"),
+        ("lost", "0", ""),
+    ]
+
+
+def test_the_account_tells_what_is_on_its_way(seeded: StoreProcess, end_us: int) -> None:
+    """Records that the store's process has still to read, and those it could not use, are in the account."""
+    rows = asked(seeded, "account", end_us - 3_600_000_000, end_us)
+    assert [(row["value"], row["tone"]) for row in rows[1:3]] == [("31", ""), ("2", "bad")]
 
 
 def test_sessions_are_ranked_by_distinct_blocked_prompts(seeded: StoreProcess, end_us: int) -> None:
@@ -184,8 +198,8 @@ def test_a_process_that_fell_silent_is_told(tmp_path: Path) -> None:
     records = [
         base[0],
         {**base[1], "at": five_min},
-        {**base[2], "state": "stopped"},
-        {**base[3], "watermark": twenty_one_s},
+        base[2],
+        {**base[3], "state": "stopped", "watermark": twenty_one_s},
     ]
     store = StoreProcess(tmp_path / "store")
     try:
@@ -194,10 +208,10 @@ def test_a_process_that_fell_silent_is_told(tmp_path: Path) -> None:
     finally:
         store.close()
     assert [(row["role"], row["state"], row["delay_s"]) for row in rows] == [
-        ("deliver", "not ready", 20.0),
+        ("deliver", "not ready", None),
         ("stage2", "silent", 0.0),
         ("stage1", "running", 0.0),
-        ("ingest", "stopped", 0.0),
+        ("store", "stopped", 20.0),
     ]
 
 
