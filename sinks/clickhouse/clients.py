@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import clickhouse_connect
@@ -52,22 +53,36 @@ def folder_of(config: StoreConfig) -> Path | None:
     return Path(unquote(rest)).resolve() if scheme == "chdb" else None
 
 
-def open_clients(config: StoreConfig) -> tuple[Client, list[Client]]:
-    """One client that writes and `config.readers` that can only read, each for one thread at a time.
+class Clients(NamedTuple):
+    """How to open a client that writes, and one that can only read; each is for one thread at a time."""
 
-    Raises `StoreInUse`, `StoreAway`, or `StoreError` where the folder can't be used.
+    writer: Callable[[], Client]
+    reader: Callable[[], Client]
+
+
+def clients_of(config: StoreConfig) -> Clients:
+    """Prepares the folder or server. A client after a failed query must be replaced: chDB's may still hold its rows.
+
+    Raises `StoreInUse`, `StoreAway`, or `StoreError` where the folder can't be used; so do the functions returned.
     """
     folder = folder_of(config)
     if folder is None:
-        return _open_server(config)
-    prepare_process()
+        return _server_clients(config)
+    _prepare_process()
     first = _open_folder(folder, config, None)
     try:
+        _restore_signals()
         _close_overlay(first, folder)
-        writer = _open_folder(folder, config, DATABASE)
-        return writer, [_limit(_open_folder(folder, config, DATABASE), config) for _ in range(config.readers)]
+        # The engine lives as long as a client is open, and only its start brings signals and overlay back.
+        kept = _open_folder(folder, config, DATABASE)
     finally:
         first.close()
+    waiting = [kept]
+
+    def writer() -> Client:
+        return waiting.pop() if waiting else _open_folder(folder, config, DATABASE)
+
+    return Clients(writer, lambda: _limit(_open_folder(folder, config, DATABASE), config))
 
 
 def _close_overlay(client: Client, folder: Path) -> None:
@@ -84,15 +99,15 @@ def _close_overlay(client: Client, folder: Path) -> None:
     client.command("CREATE DATABASE default ENGINE = Atomic")
 
 
-def prepare_process() -> None:
-    """Makes this process fit to host chDB: UTC, its import, and the crash signals back at their defaults.
-
-    Call it in the main thread: elsewhere Python can't set signals, and a crash would hang the process.
-    """
+def _prepare_process() -> None:
+    """UTC, then chDB's import: 339 MB of memory, so only the owner of a folder pays for it."""
     os.environ["TZ"] = "UTC"
     time.tzset()
-    import chdb  # noqa: F401, PLC0415  # 339 MB of memory: only the owner pays, and only once UTC is set
+    import chdb  # noqa: F401, PLC0415  # only once UTC is set
 
+
+def _restore_signals() -> None:
+    """The crash signals back at their defaults: chDB takes them when its engine starts, and then a crash hangs."""
     if threading.current_thread() is not threading.main_thread():
         log.warning("chDB was opened outside the main thread, so a crash may hang this process for minutes")
         return
@@ -138,7 +153,7 @@ def owner_pid(folder: Path) -> int | None:
     return pid if pid != os.getpid() and Path(f"/proc/{pid}").exists() else None
 
 
-def _open_server(config: StoreConfig) -> tuple[Client, list[Client]]:
+def _server_clients(config: StoreConfig) -> Clients:
     url = urlsplit(config.url)
     database = url.path.strip("/") or "default"
     if not database.replace("_", "").isalnum():
@@ -160,14 +175,13 @@ def _open_server(config: StoreConfig) -> tuple[Client, list[Client]]:
         ):
             first.command(f"CREATE DATABASE IF NOT EXISTS `{database}`")
         first.close()
-        writer = clickhouse_connect.get_client(**access, database=database, settings=_write_settings(config))
-        limits = {**_read_settings(config), "readonly": 2}
-        readers = [
-            clickhouse_connect.get_client(**access, database=database, settings=limits) for _ in range(config.readers)
-        ]
     except ClickHouseError as error:
         raise StoreAway(f"no store at {url.scheme}://{url.hostname}:{access['port']}: {one_line(error)}") from None
-    return writer, readers
+    reading = {**_read_settings(config), "readonly": 2}
+    return Clients(
+        lambda: clickhouse_connect.get_client(**access, database=database, settings=_write_settings(config)),
+        lambda: clickhouse_connect.get_client(**access, database=database, settings=reading),
+    )
 
 
 def _password(config: StoreConfig) -> str:

@@ -83,7 +83,7 @@ class ReadOnlyEngine:
 
         Raises `Forbidden`, or `RuntimeError` with the engine's message, which begins with its code.
         """
-        import chdb  # noqa: PLC0415  # the process must be prepared first: `clients.prepare_process`
+        import chdb  # noqa: PLC0415  # the process must be prepared first: `clients.clients_of`
 
         limits = self._lowered(wished)
         handle = chdb.connect(str(self._folder))

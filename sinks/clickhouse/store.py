@@ -11,6 +11,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from typing import Final
 
@@ -18,7 +19,7 @@ import structlog
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from detectors.finding import Finding
-from sinks.clickhouse.clients import Client, StoreAway, StoreError, StoreInUse, one_line, open_clients
+from sinks.clickhouse.clients import Client, Clients, StoreAway, StoreError, StoreInUse, clients_of, one_line
 from sinks.clickhouse.rows import Columns, StoredEvent, event_columns, finding_columns, record_of, status_columns
 from sinks.config import StoreConfig
 
@@ -37,8 +38,7 @@ def open_store(config: StoreConfig) -> "Store":
     Call it in the main thread of the one process that owns a chDB folder. Raises `StoreInUse` naming the other
     process, `StoreAway` when no server answers, `StoreError` for anything else; each message is one sentence.
     """
-    writer, readers = open_clients(config)
-    store = Store(config, writer, readers)
+    store = Store(config, clients_of(config))
     try:
         store.prepare()
     except StoreError:
@@ -50,15 +50,16 @@ def open_store(config: StoreConfig) -> "Store":
 class Store:
     """One writer and a few readers. Thread-safe: inserts go one at a time, queries up to `config.readers` at once."""
 
-    def __init__(self, config: StoreConfig, writer: Client, readers: Sequence[Client]) -> None:
+    def __init__(self, config: StoreConfig, clients: Clients) -> None:
         self._config = config
-        self._writer = writer
+        self._clients = clients
+        self._writer: Client | None = None
         self._writing = threading.Lock()
         self._types: dict[str, dict[str, object]] = {}
-        self._readers: queue.LifoQueue[Client] = queue.LifoQueue()
-        self._count = len(readers)
-        for reader in readers:
-            self._readers.put(reader)
+        self._readers: queue.LifoQueue[Client | None] = queue.LifoQueue()
+        self._closed = False
+        for _ in range(config.readers):
+            self._readers.put(None)
 
     def prepare(self) -> None:
         """Makes the tables, and sets retention and fsync as configured. Idempotent."""
@@ -110,22 +111,29 @@ class Store:
         try:
             reader = self._readers.get(timeout=self._config.query_timeout_s)
         except queue.Empty:
-            raise StoreError(f"all {self._count} readers of the store stayed busy: try again") from None
+            raise StoreError(f"all {self._config.readers} readers of the store stayed busy: try again") from None
         try:
+            if self._closed:
+                raise StoreError("the store is closed")
+            reader = reader or self._clients.reader()
             result = reader.query(sql, parameters=dict(parameters or {}))
             return [dict(row) for row in result.named_results()]
         except ClickHouseError as error:
+            _drop(reader)
+            reader = None
             raise StoreError(f"the query failed: {one_line(error)}") from None
         finally:
             self._readers.put(reader)
 
     def close(self) -> None:
         """Waits for what runs (its time is limited) and closes all clients; the folder is free then."""
-        for _ in range(self._count):
-            self._readers.get().close()
-        self._count = 0
+        self._closed = True
+        for reader in [self._readers.get() for _ in range(self._config.readers)]:
+            _drop(reader)
+            self._readers.put(None)
         with self._writing:
-            self._writer.close()
+            _drop(self._writer)
+            self._writer = None
 
     def _insert(self, table: str, columns: Columns, token: str, keys: Iterable[str]) -> None:
         if not columns:
@@ -137,8 +145,9 @@ class Store:
         settings = {"insert_deduplication_token": f"{token}:{digest}"}
         with self._writing:
             try:
-                types = self._types.get(table) or self._types.setdefault(table, self._describe(table))
-                self._writer.insert(
+                writer = self._open_writer()
+                types = self._types.get(table) or self._types.setdefault(table, _types_of(writer, table))
+                writer.insert(
                     table,
                     list(columns.values()),
                     column_names=list(columns),
@@ -147,19 +156,40 @@ class Store:
                     settings=settings,
                 )
             except ClickHouseError as error:
+                self._forget_writer()
                 raise StoreError(f"{rows} rows could not be stored in {table}: {one_line(error)}") from None
-
-    def _describe(self, table: str) -> dict[str, object]:
-        """Column name -> type object, asked once instead of at every insert."""
-        context = self._writer.create_insert_context(table)
-        return dict(zip(context.column_names, context.column_types, strict=True))
 
     def _command(self, sql: str) -> object:
         with self._writing:
             try:
-                return self._writer.command(sql)
+                return self._open_writer().command(sql)
             except ClickHouseError as error:
+                self._forget_writer()
                 raise StoreError(f"the store's tables can't be made: {one_line(error)}") from None
+
+    def _open_writer(self) -> Client:
+        if self._closed:
+            raise StoreError("the store is closed")
+        if self._writer is None:
+            self._writer = self._clients.writer()
+        return self._writer
+
+    def _forget_writer(self) -> None:
+        _drop(self._writer)
+        self._writer = None
+
+
+def _types_of(writer: Client, table: str) -> dict[str, object]:
+    """Column name -> type object, asked once instead of at every insert."""
+    context = writer.create_insert_context(table)
+    return dict(zip(context.column_names, context.column_types, strict=True))
+
+
+def _drop(client: Client | None) -> None:
+    """Closes a client, whatever state it is in."""
+    if client is not None:
+        with suppress(ClickHouseError):
+            client.close()
 
 
 def schema(config: StoreConfig) -> list[str]:
