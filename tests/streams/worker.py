@@ -20,7 +20,7 @@ QUICK = {"session_timeout_s": 2.0, "tick_after_s": 1.0, "status_interval_s": 1.0
 
 
 class Worker:
-    """One worker process of stage `role` ("stage1", "stage2") or ingest. Use as a context manager."""
+    """One process of a role: stage1, stage2, ingest (chDB in FOLDER/store) or deliver (to FOLDER/findings.jsonl)."""
 
     def __init__(self, role: str, kafka: KafkaConfig, folder: Path, *, name: str = "", **streams: object) -> None:
         self.role = role
@@ -107,6 +107,8 @@ def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 40, *work
 
 
 def _main(told: Mapping[str, object]) -> None:
+    from sinks.config import FileConfig, SinksConfig
+    from streams.deliver import run_deliver
     from streams.stage1 import run_stage1
     from streams.stage2 import run_stage2
 
@@ -121,6 +123,9 @@ def _main(told: Mapping[str, object]) -> None:
 
     if told["role"] == "ingest":
         _ingest(kafka, streams, folder, serving)
+    elif told["role"] == "deliver":
+        sinks = SinksConfig(file=FileConfig(path=folder / "findings.jsonl"))
+        run_deliver(kafka, streams, sinks, config_digest="test", on_serving=serving)
     else:
         run = {"stage1": run_stage1, "stage2": run_stage2}[str(told["role"])]
         run(kafka, DetectConfig(), streams, data_dir=folder, config_digest="test", on_serving=serving)
