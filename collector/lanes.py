@@ -139,7 +139,7 @@ class Book:
         body = ticket.body = begin_body(ticket, key)
         with self._section:
             if self._closed:
-                raise Closed("the publisher is stopped: no request may begin")
+                raise Closed("the publisher has stopped: no request may begin")
             if self._drop_oldest:
                 self._make_room(len(body))
             self.journal.append(body, reserve_bytes=(len(self.open) + 1) * RESERVED_BYTES, bounded=True)

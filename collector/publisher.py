@@ -139,11 +139,15 @@ class Publisher:
             self._feeder.give_up()
             thread.join(5)
         complete = self._feeder.complete
-        if complete:
-            book.journal.destroy()
-        else:
-            log.warning("stopped before Kafka had everything; the next start sends it", folder=str(book.journal.folder))
-            book.journal.close()
+        try:
+            if complete:
+                book.journal.destroy()
+            else:
+                folder = str(book.journal.folder)
+                log.warning("stopped before Kafka had everything; the next start sends it", folder=folder)
+        except OSError as error:
+            log.warning("the journal's folder could not be removed", error=type(error).__name__)
+        book.journal.close()
         self._book = None
         return complete
 
