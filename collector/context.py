@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Final
 
 from collector.event import GuardResult
 from collector.prompt import PromptView
@@ -36,6 +37,10 @@ class Caller:
             "client_address": self.client_address,
             "key_epoch": self.key_epoch,
         }
+
+
+NOBODY: Final = Caller("")
+"""Until the key has been looked at."""
 
 
 @dataclass(frozen=True, slots=True)

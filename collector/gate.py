@@ -17,7 +17,7 @@ from typing import Any, Final
 import structlog
 
 from collector.audit import Auditor, Unaudited
-from collector.context import Exchange, exchange
+from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
 from collector.prompt import PromptView, TooDeep, views
 from collector.requests import Refusal, caller_of, parse, path_of, read_body, route_of, stranger
@@ -92,11 +92,12 @@ class Gate:
             _tell("the gate is not open, a request is refused", error)
             await _refuse(send, _unavailable(), "")
             return
-        at_hand = Exchange(uuid7(), stranger(scope, auditor))
+        at_hand = Exchange(uuid7(), NOBODY)
         try:
             route, body = await self._enter(auditor, scope, receive, at_hand)
         except Refusal as refusal:
-            await _refuse(send, _audited(auditor, at_hand, refusal), at_hand.http_request_id)
+            refusal = _audited(auditor, scope, at_hand, refusal)
+            await _refuse(send, refusal, at_hand.http_request_id)
             return
         replayed = receive if body is None else _replay(body, receive, at_hand)
         if route.handling == "audited":
@@ -115,6 +116,10 @@ class Gate:
             if route.handling == "audited":
                 await self._judge(auditor, scope, route, at_hand, body or b"")
         except Refusal:
+            raise
+        except asyncio.CancelledError:
+            with contextlib.suppress(Unaudited):
+                _settle(auditor, at_hand, "client_gone", 0)
             raise
         except Exception as error:  # noqa: BLE001 - a fault of ours must not let a request in
             _tell("the gate failed, a request is refused", error)
@@ -215,14 +220,14 @@ class Gate:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """No websocket route is audited yet, so each is refused."""
         auditor = self._auditor or await self._ready(scope)
-        at_hand = Exchange(uuid7(), stranger(scope, auditor))
+        at_hand = Exchange(uuid7(), NOBODY)
         await receive()
         refusal = Refusal(404, "websocket", "")
         try:
             at_hand.caller = caller_of(scope, auditor, {})
         except Refusal as earlier:
             refusal = earlier
-        _audited(auditor, at_hand, refusal)
+        _audited(auditor, scope, at_hand, refusal)
         await send({"type": "websocket.close", "code": 1008})
 
 
@@ -236,8 +241,10 @@ def _settle(auditor: Auditor, at_hand: Exchange, reason: str, http_status: int) 
         auditor.reject(at_hand, reason=reason, http_status=http_status)
 
 
-def _audited(auditor: Auditor, at_hand: Exchange, refusal: Refusal) -> Refusal:
+def _audited(auditor: Auditor, scope: Scope, at_hand: Exchange, refusal: Refusal) -> Refusal:
     """The refusal once its event is written; 503 where it can't be."""
+    if at_hand.caller is NOBODY:
+        at_hand.caller = stranger(scope, auditor)
     try:
         auditor.reject(at_hand, reason=refusal.reason, http_status=refusal.status)
     except Unaudited:

@@ -250,6 +250,7 @@ async def _boot(model: Path) -> tuple[Any, Any, Any, Any, int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", lifespan="on"))
+    app.state.server = server  # where vLLM looks for it when its engine has died
     serving = asyncio.ensure_future(server.serve())
     while not server.started:
         if serving.done():

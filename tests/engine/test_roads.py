@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -332,3 +334,17 @@ def test_every_route_of_this_vllm_is_in_the_table(server: Server) -> None:
     rows = [f"{method} {route.path}" for route in server.app.routes for method in getattr(route, "methods", None) or ()]
     assert len(rows) > 30
     assert unknown(rows) == []
+
+
+def test_the_death_of_the_engine_is_an_error_for_each_request_in_flight(server: Server) -> None:
+    """SIGKILL to the engine core: every client's request has an error event. Last here, as the engine is gone then."""
+    before = server.mark()
+    headers = {"authorization": f"Bearer {server.site.api_key}"}
+    with ExitStack() as stack:
+        for _ in range(5):
+            web = stack.enter_context(httpx.Client(base_url=server.url, headers=headers, timeout=60))
+            stack.enter_context(web.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=1500)))
+        for child in multiprocessing.active_children():
+            child.kill()
+        events = server.settled(5, before)
+    assert [(event.status, event.reason) for event in events] == [("error", "EngineDeadError")] * 5
