@@ -198,7 +198,9 @@ class Sender:
             for _, key, value in lane:
                 batch.append(key=key or None, value=value, timestamp=None)
             batch.close()
-            futures[partition] = await producer.send_batch(batch, self._topic, partition=partition)
+            future = await producer.send_batch(batch, self._topic, partition=partition)
+            future.add_done_callback(_looked_at)
+            futures[partition] = future
         return futures
 
     async def _settle(self, futures: dict[int, asyncio.Future[Any]]) -> dict[int, BaseException | None]:
@@ -234,6 +236,12 @@ class Sender:
         producer, self._producer = self._producer, None
         if producer is not None:
             await drop_producer(producer)
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """A batch that nobody waits for any more fails without a complaint: the journal still has it."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def drop_producer(producer: AIOKafkaProducer) -> None:
