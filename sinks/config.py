@@ -45,7 +45,7 @@ class StoreConfig(_Settings):
     readers: int = Field(3, ge=1, le=32, description="Queries that run at once; more wait their turn.")
     query_timeout_s: float = Field(30.0, gt=0, le=3600, description="A query is stopped after this long.")
     result_rows_max: int = Field(1_000_000, ge=1, le=100_000_000, description="A larger result is refused.")
-    fsync: bool = Field(False, description="Acknowledge inserts only when on the disk: for power loss, chDB only.")
+    fsync: bool = Field(False, description="Acknowledge inserts only when on the disk, for power loss.")
     face: FaceConfig = Field(FaceConfig(), description="The read-only HTTP face of chDB.")
 
     @field_validator("url")

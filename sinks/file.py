@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,8 @@ from sinks.formats import ocsf
 log = structlog.get_logger(__name__)
 
 _MIB: Final = 1024 * 1024
+_LOCK_WAIT_S: Final = 10.0
+_LOCK_POLL_S: Final = 0.005
 _OURS: Final = b'{"activity_id":'
 """How every line begins: a piece of line that begins otherwise is somebody else's and is left alone."""
 _UID: Final = re.compile(rb'"metadata":\{.*?"uid":"([^"\\]+\.[0-9]+)"')
@@ -59,8 +62,7 @@ class FileSink:
     def open(self) -> None:
         """Opens the file, cuts off a piece of line, and reads which findings it ends with. Raises `OSError`."""
         self._config.path.parent.mkdir(parents=True, exist_ok=True)
-        self._reopen()
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        self._lock()
         try:
             self._mend()
         finally:
@@ -112,8 +114,21 @@ class FileSink:
         while True:
             if self._fd < 0 or not self._current():
                 self._reopen()
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._wait_for_lock()
             if self._current():
+                return
+
+    def _wait_for_lock(self) -> None:
+        """Limited in time: a neighbour that keeps the lock must not take a thread of ours with every attempt."""
+        deadline_s = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise OSError(errno.EAGAIN, f"another process holds the lock of {self._config.path}") from None
+                time.sleep(_LOCK_POLL_S)
+            else:
                 return
 
     def _current(self) -> bool:

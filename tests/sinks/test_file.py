@@ -190,3 +190,17 @@ async def test_a_held_lock_delays_and_does_not_break(tmp_path):
         await sending
     await sink.close()
     assert ids(path) == ["a.1"]
+
+
+async def test_a_lock_that_is_never_freed_is_an_error(tmp_path, monkeypatch):
+    """After a limited wait, to be tried again; no thread is left behind."""
+    monkeypatch.setattr("sinks.file._LOCK_WAIT_S", 0.05)
+    path = tmp_path / "f.jsonl"
+    sink = build(FileConfig(path=path))
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process holds the lock"):
+            await sink.send([finding("a")])
+    await sink.send([finding("a")])
+    await sink.close()
+    assert ids(path) == ["a.1"]
