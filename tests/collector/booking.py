@@ -1,4 +1,4 @@
-"""What the tests of the lanes and of recovery share: a book with a clock that a test sets, and its journal read back."""
+"""What the tests of the lanes and of recovery share: a book, a clock that a test sets, the journal read back."""
 
 from pathlib import Path
 
