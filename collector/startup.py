@@ -3,24 +3,32 @@
 What can be wrong on this host is found before Kafka is asked. Every failure is an exception with one sentence.
 """
 
+import asyncio
+
 import structlog
 
 from collector.audit import Auditor
 from collector.config import CollectorConfig
 from collector.guards.stack import GuardStack
 from collector.identity import KeyProblem, KeyRing, Pseudonyms, load_tenant_key
-from collector.kafka import KafkaConfig
+from collector.kafka import KafkaConfig, wait_for_broker
 from collector.publisher import Publisher
 from collector.weights import Model
 
 log = structlog.get_logger(__name__)
 
 
-def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, config_digest: str = "") -> Auditor:
-    """The auditor, its publisher started: dead boots' journals are settled and all lanes are open.
+def check(kafka: KafkaConfig, config: CollectorConfig) -> None:
+    """Find in a second what would stop the collector minutes later, when the model has been loaded.
 
-    Raises KeyProblem, GuardRefused, BrokerAway, TopicMismatch, ClockApart or OSError.
+    Raises KeyProblem, GuardRefused or BrokerAway.
     """
+    _identity(config)
+    GuardStack(config.guards).close()
+    asyncio.run(wait_for_broker(kafka, config.publisher.start_timeout_ms / 1000))
+
+
+def _identity(config: CollectorConfig) -> tuple[KeyRing, dict[str, Pseudonyms]]:
     identity = config.identity
     if identity.api_keys_file is None:
         raise KeyProblem("there are no API keys: name their file as api_keys_file in [collector.identity]")
@@ -33,6 +41,15 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         )
         for tenant in sorted(keys.tenants | {config.gate.tenant})
     }
+    return keys, pseudonyms
+
+
+def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, config_digest: str = "") -> Auditor:
+    """The auditor, its publisher started: dead boots' journals are settled and all lanes are open.
+
+    Raises KeyProblem, GuardRefused, BrokerAway, TopicMismatch, ClockApart or OSError.
+    """
+    keys, pseudonyms = _identity(config)
     guards = GuardStack(config.guards)
     publisher = Publisher(
         kafka,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from collector.startup import check
 from inferwatch.config import CONFIG_VARIABLE, ConfigError, load
 
 GATE: Final = "inferwatch.vllm.Gate"
@@ -38,14 +39,16 @@ class ServeRefused(ValueError):
 def serve(config_path: Path | None, argv: Sequence[str]) -> None:
     """Run `vllm serve ARGV` behind the gate until it is stopped.
 
-    Raises ServeRefused or ConfigError before anything is started, SystemExit with status 1 where the gate did not open.
+    Raises ServeRefused, ConfigError, KeyProblem, GuardRefused or BrokerAway before the model is loaded, SystemExit with
+    one sentence where the gate did not open.
     """
     named = config_path or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
     file = (named or Path("inferwatch.toml")).absolute()
     if not file.exists():
         raise ConfigError(f"{file}: no such configuration file; `inferwatch config example` prints one")
-    load(file)
+    config = load(file)
     line = vllm_arguments(argv, os.environ)
+    check(config.kafka, config.collector)
     set_environment(os.environ, file)
     sys.argv = ["vllm", "serve", *line]
     try:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from collector.identity import KeyProblem, create_key_file
+from collector.kafka import BrokerAway
 from inferwatch.config import CONFIG_VARIABLE, ConfigError
+from inferwatch.keys import add_api_key
 from inferwatch.serve import GATE, ServeRefused, serve, set_environment, vllm_arguments
 
 ADDED = [
@@ -85,6 +88,25 @@ def test_a_missing_configuration_is_one_sentence(tmp_path: Path) -> None:
     """Without a configuration nothing would be watched."""
     with pytest.raises(ConfigError, match="no such configuration file"):
         serve(tmp_path / "none.toml", ["m"])
+
+
+def test_what_would_stop_the_collector_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """Missing keys, then a broker that is away: each one sentence, without vLLM."""
+    file = tmp_path / "c.toml"
+    keys = f'[collector.identity]\nkey_dir = "{tmp_path}/keys"\napi_keys_file = "{tmp_path}/api-keys.toml"\n'
+    away = '[kafka]\nbootstrap_servers = "127.0.0.1:9"\n[collector.publisher]\nstart_timeout_ms = 300\n'
+    file.write_text(away)
+    with pytest.raises(KeyProblem, match="there are no API keys"):
+        serve(file, ["m"])
+    file.write_text(away + keys)
+    with pytest.raises(KeyProblem, match="no such file of API keys"):
+        serve(file, ["m"])
+    add_api_key(tmp_path / "api-keys.toml", tenant="default", user="alice", on_behalf=False)
+    with pytest.raises(KeyProblem, match=r"default\.key: no such key file"):
+        serve(file, ["m"])
+    create_key_file(tmp_path / "keys" / "default.key")
+    with pytest.raises(BrokerAway, match=r"no Kafka at 127\.0\.0\.1:9"):
+        serve(file, ["m"])
 
 
 def test_the_processes_of_vllm_find_the_configuration(tmp_path: Path) -> None:
