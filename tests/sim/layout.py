@@ -48,6 +48,8 @@ class Layout:
     drain: tuple[int, ...] = (8, 4, 2, 16)
     """Records that collector i sends every 333 ms while it catches up."""
     jitter_ms: int = 20
+    idle_s: int = 900
+    """How long after the last event the ticks go on, so that every layout ends at the same moment."""
     seed: int = 0
 
 
@@ -63,7 +65,7 @@ def lay_out(events: Sequence[AuditEvent], layout: Layout) -> list[list[Logged]]:
             part = [event for event in mine if partition_of(event, layout.partitions) == partition]
             records = _lane(part, f"c{collector}", begin_us, end_us, layout)
             logs[partition] += _appended(records, collector, layout, begin_us)
-    return [_log(rows) for rows in logs]
+    return [_log(rows, end_us // 1000 + layout.idle_s * 1000) for rows in logs]
 
 
 def partition_of(event: AuditEvent, partitions: int) -> int:
@@ -91,7 +93,7 @@ def _lane(part: list[AuditEvent], name: str, begin_us: int, end_us: int, layout:
 def _common(name: str, seq: int, moment_us: int) -> dict[str, object]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "event_id": f"{name}-{seq}-{moment_us}",
+        "event_id": f"{name}-{seq}",
         "timestamp": from_timestamp_us(moment_us),
         "collector_id": name,
         "boot": "b0",
@@ -117,13 +119,11 @@ def _appended(
     return rows
 
 
-def _log(rows: list[tuple[int, int, AnyRecord]]) -> list[Logged]:
-    """All lanes in order of append time, then ticks while nobody lives."""
+def _log(rows: list[tuple[int, int, AnyRecord]], end_ms: int) -> list[Logged]:
+    """All lanes in order of append time, then ticks every 5 s while nobody lives, the last one at `end_ms`."""
     rows.sort(key=lambda row: (row[0], row[2].collector_id, row[1]))
     log = [Logged(record, append_ms, offset) for offset, (append_ms, _, record) in enumerate(rows)]
-    last_ms = log[-1].append_ms
-    for number in range(1, 5):
-        append_ms = last_ms + 5_000 * number
-        tick = Tick(**{**_common("reader", number, append_ms * 1000), "event_id": f"tick-{number}"})
-        log.append(Logged(tick, append_ms, len(log)))
+    for number, append_ms in enumerate([*range(log[-1].append_ms + 5_000, end_ms, 5_000), end_ms]):
+        common = _common("reader", number, append_ms * 1000)
+        log.append(Logged(Tick(**common), append_ms, len(log)))
     return log

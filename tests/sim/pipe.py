@@ -51,7 +51,9 @@ def run(
             raw = engines[partition].snapshot()
             engines[partition] = _partition_engine(config, partition, partitions)
             engines[partition].restore(raw)
-            position[partition] = max(0, begin - 3)
+            for logged in logs[partition][max(0, begin - 3) : begin + batch]:
+                flag = engines[partition].observe(logged.record, append_ms=logged.append_ms, offset=logged.offset)
+                assert flag == "replayed"
             told += told[-5:]
         for raw in told:
             tenant.observe(rollup.decode(raw))
