@@ -182,13 +182,15 @@ PLOTS: Final = (
         kind="timeseries",
         unit="ratio",
         sql="""
-            SELECT time, guard AS series, countIf(hit) / count() AS value
+            SELECT time, guard AS series, sumIf(requests, arrayExists(
+                (name, decision) -> name = guard AND decision = 'block', guard_names, guard_decisions
+            )) / sum(requests) AS value
             FROM (
-                SELECT $bucket AS time, arrayJoin(arrayDistinct(guard_names)) AS guard,
-                    arrayExists((name, decision) -> name = guard AND decision = 'block', guard_names, guard_decisions)
-                        AS hit
+                SELECT $bucket AS time, guard_names, guard_decisions, count() AS requests
                 FROM $events
+                GROUP BY time, guard_names, guard_decisions
             )
+            ARRAY JOIN arrayDistinct(guard_names) AS guard
             GROUP BY time, series ORDER BY time, series
             """,
         by="guard",
