@@ -131,13 +131,13 @@ class Health:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Says goodbye on iw.status, within two seconds, and frees the port."""
+        """Says goodbye on iw.status, within a second, and frees the port."""
         if self._writing is not None:
             self._writing.cancel()
             with suppress(asyncio.CancelledError):
                 await self._writing
         with suppress(KafkaError, BrokerAway, BatchRefused, OSError, TimeoutError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(1):
                 await self._write_record("stopped")
         await self._forget_producer()
         if self._runner is not None:
@@ -202,5 +202,5 @@ class Health:
         producer, self._producer = self._producer, None
         if producer is not None:
             with suppress(KafkaError, OSError, TimeoutError):
-                async with asyncio.timeout(2):
+                async with asyncio.timeout(1):
                     await producer.stop()

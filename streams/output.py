@@ -99,5 +99,5 @@ class Output:
         producer, self._producer, self._writer = self._producer, None, None
         if producer is not None:
             with suppress(KafkaError, OSError, TimeoutError):
-                async with asyncio.timeout(2):
+                async with asyncio.timeout(1):
                     await producer.stop()

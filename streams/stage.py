@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
-from collector.kafka import ConsumerRecord, KafkaConfig, changelog_spec, ensure_topics
+from collector.kafka import ConsumerRecord, KafkaConfig, KafkaError, changelog_spec, ensure_topics
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters, Unusable
 from streams.health import Reading
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 HOUSEKEEPING_S: Final = 0.1
 SILENT_S: Final = 2.0
 """A partition that has records to read and gave none for so long is read again from where it stands."""
-STOP_TIMEOUT_S: Final = 4.0
+STOP_TIMEOUT_S: Final = 3.0
 
 
 class StageFailed(RuntimeError):
@@ -85,6 +85,8 @@ class Owned:
     """When it last gave a record (monotonic), as `due_s`."""
     due_s: float = 0.0
     """When state may be stored next."""
+    half_done: bool = False
+    """A batch is applied, but what it gave is not all written: such state must not be stored."""
 
 
 class StageWorker:
@@ -136,14 +138,15 @@ class StageWorker:
             await self._stop()
 
     async def _stop(self) -> None:
+        self._failure.cancel()  # from here on nothing is a failure
         await self.before_revoke()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self.app.stop()
         except TimeoutError:
             log.warning("Faust did not stop in time", role=self.stage.role, timeout_s=STOP_TIMEOUT_S)
-        for output in (self._source, self._target, self._changelog, self._letters):
-            await output.close()
+        outputs = (self._source, self._target, self._changelog, self._letters)
+        await asyncio.gather(*(output.close() for output in outputs))
 
     def _fail(self, error: BaseException | None) -> None:
         if not self._failure.done():
@@ -157,9 +160,10 @@ class StageWorker:
             try:
                 async with self._lock:
                     await self._handle(batch)
-            except Exception as error:  # noqa: BLE001  # Faust would start the agent again with half a batch applied
+            except BaseException as error:
+                # Faust would start the agent again, with half a batch applied.
                 self._fail(error)
-                return
+                raise
 
     async def _handle(self, batch: Batch) -> None:
         owned = self._owned.get(batch.partition)
@@ -169,6 +173,7 @@ class StageWorker:
         if fresh is None:
             await self._mend_hole(batch.partition, owned)
             return
+        owned.half_done = True
         unusable = []
         for record in fresh:
             try:
@@ -177,6 +182,7 @@ class StageWorker:
                 unusable.append((record, str(error)))
         await self._letters.put(unusable)
         await self._target.write(owned.shard.take())
+        owned.half_done = False
         self._totals["records"] += len(fresh)
         self._totals["batches"] += 1
         owned.heard_s = time.monotonic()
@@ -186,7 +192,10 @@ class StageWorker:
         now_s = time.monotonic()
         if now_s - owned.heard_s < 1 and owned.sequence.holes > 1:
             return  # asked a moment ago; what was queued behind the hole still comes
-        earliest, _ = (await self._consumer.bounds([partition]))[partition]
+        try:
+            earliest, _ = (await self._consumer.bounds([partition]))[partition]
+        except (KafkaError, TimeoutError):
+            return  # the broker is away; asked again when records come, or after a silence
         if earliest > owned.sequence.next:
             lost = earliest - owned.sequence.next
             self._totals["lost_records"] += lost
@@ -228,9 +237,13 @@ class StageWorker:
 
     async def _recovered(self, *_: Any, **__: Any) -> None:
         """Faust has read the table: every partition of ours goes on from its state."""
-        async with self._lock:
-            bounds = await self._consumer.bounds(self._consumer.batch_partitions())
-            self._owned = {partition: self._restore(partition, *bounds[partition]) for partition in sorted(bounds)}
+        try:
+            async with self._lock:
+                bounds = await self._consumer.bounds(self._consumer.batch_partitions())
+                self._owned = {partition: self._restore(partition, *bounds[partition]) for partition in sorted(bounds)}
+        except Exception as error:
+            self._fail(error)
+            raise
         self._restored = True
         log.info("partitions restored", role=self.stage.role, partitions=sorted(self._owned))
 
@@ -241,7 +254,11 @@ class StageWorker:
             state = None
         shard = self.stage.make_shard(partition)
         if state is not None:
-            shard.restore(state.snapshot)
+            try:
+                shard.restore(state.snapshot)
+            except ValueError as error:
+                log.warning("state can't be used, reading the topic again", partition=partition, reason=str(error))
+                shard, state = self.stage.make_shard(partition), None
         start = earliest if state is None else state.applied + 1
         return Owned(shard, Sequencer(start), slot, start - 1, time.monotonic())
 
@@ -251,7 +268,7 @@ class StageWorker:
         stored: list[tuple[Owned, int]] = []
         for partition, owned in which.items():
             applied = owned.sequence.next - 1
-            if applied <= owned.stored:
+            if applied <= owned.stored or owned.half_done:
                 continue
             packed = pack(partition, owned.slot, State(applied, owned.shard.snapshot()), self._streams.state_bytes_max)
             chunks += [Outgoing(key, value, partition) for key, value in packed]
@@ -270,7 +287,7 @@ class StageWorker:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             if self.app.crashed:
-                raise StageFailed("Faust stopped") from self.app.crash_reason
+                raise StageFailed(f"Faust stopped: {self.app.crash_reason!r}") from self.app.crash_reason
             now_s = time.monotonic()
             async with self._lock:
                 await self._store({p: owned for p, owned in self._owned.items() if owned.due_s <= now_s})

@@ -280,6 +280,10 @@ class BatchConsumer(driver.Consumer):
             await self.seek_wait({TopicPartition(self.app.batch_topic, partition): offset})
         except IllegalStateError:
             log.info("partition is no longer ours", topic=self.app.batch_topic, partition=partition)
+        except (KafkaError, TimeoutError) as error:
+            log.warning(
+                "seek not confirmed", topic=self.app.batch_topic, partition=partition, error=type(error).__name__
+            )
 
     async def bounds(self, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
         """Partition → (earliest offset there, offset of the next record to come)."""
@@ -290,8 +294,12 @@ class BatchConsumer(driver.Consumer):
         return {tp.partition: (earliest[tp], end[tp]) for tp in tps}
 
     def end_offset(self, partition: int) -> int | None:
-        """Offset of the next record to come, as the last fetch said; None before any."""
-        end: int | None = self.highwater(TopicPartition(self.app.batch_topic, partition))
+        """Offset of the next record to come, as the last fetch said; None before any, and while it is being lost."""
+        tp = TopicPartition(self.app.batch_topic, partition)
+        try:
+            end: int | None = self.highwater(tp) if tp in self.assignment() else None
+        except (AssertionError, AttributeError):
+            return None  # the consumer's thread took it away between the two
         return end
 
     def verify_event_path(self, now: float, tp: TP) -> None:
