@@ -15,10 +15,10 @@ from typing import Final
 import structlog
 
 from dashboards.config import DashboardsConfig
+from dashboards.panel import Row
 
 log = structlog.get_logger(__name__)
 
-Row = Mapping[str, object]
 Query = Callable[[str, Mapping[str, object]], list[dict[str, object]]]
 """ClickHouse SQL with `{name:Type}` parameters → rows. Blocks; is called in threads; raises anything."""
 

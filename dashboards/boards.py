@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 import structlog
 
 from dashboards import lookups
-from dashboards.answers import Answers, Row, Trouble
+from dashboards.answers import Answers, Trouble
 from dashboards.cells import SEVERITIES
 from dashboards.config import DashboardsConfig
 from dashboards.markup import Markup, element, shown
-from dashboards.panel import Panel
+from dashboards.panel import Panel, Row
 from dashboards.panel_html import framed, listing, sentence, stat, status, timeseries
 from dashboards.panels import PANELS, STATS
 from dashboards.plot import Mark

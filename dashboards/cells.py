@@ -6,11 +6,9 @@ from datetime import UTC, datetime
 from typing import Final
 
 from dashboards.markup import Markup, element, joined, shown
-from dashboards.panel import Column, Shown
+from dashboards.panel import Column, Row, Shown
 from dashboards.scope import Scope, moment_ms
 from dashboards.units import MISSING, ago, clock, duration, exact
-
-Row = Mapping[str, object]
 
 SEVERITIES: Final = ("critical", "high", "medium", "low", "info")
 PROCESS_TONES: Final = {"running": "good", "stopped": "quiet", "silent": "bad", "not ready": "watch"}

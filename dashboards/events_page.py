@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from dashboards.cells import Row, brief, number_of
+from dashboards.cells import brief, number_of
 from dashboards.lookups import EVENTS_PAGE
 from dashboards.markup import Markup, element, joined, shown
+from dashboards.panel import Row
 from dashboards.scope import VALUE_CHARACTERS_MAX, Scope, moment_ms
 from dashboards.units import MISSING, clock, exact, short
 

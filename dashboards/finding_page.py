@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from dashboards.cells import Row, brief, entity, entity_query, offset_range, severity, state
+from dashboards.cells import brief, entity, entity_query, offset_range, severity, state
 from dashboards.events_page import events_table
 from dashboards.gauge import chance, gauge
 from dashboards.markup import Markup, element, shown
+from dashboards.panel import Row
 from dashboards.panels import PLOTS
 from dashboards.scope import Scope, moment_ms
 from dashboards.units import ago, clock, duration, exact, short

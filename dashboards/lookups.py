@@ -14,7 +14,6 @@ _EVENT_COLUMNS: Final = {
 }
 
 TENANTS: Final = "SELECT DISTINCT tenant FROM events_1m ORDER BY tenant LIMIT 200"
-NEWEST: Final = put_in("SELECT max(minute) AS minute, count() AS minutes FROM events_1m WHERE $tenant")
 MARKS: Final = put_in(
     """
     SELECT uid, detector, severity, summary, first_seen, last_seen FROM findings_now

@@ -30,6 +30,10 @@ SHARED: Final[dict[str, str]] = {
 """What panels mean by the same words."""
 
 
+Row = Mapping[str, object]
+"""A row of an answer: column → value."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """A value column of the answer, as a line or as a part of a stat."""

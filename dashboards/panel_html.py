@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from dashboards.cells import Row, number_of, table
+from dashboards.cells import number_of, table
 from dashboards.markup import Markup, element, shown
-from dashboards.panel import Panel
+from dashboards.panel import Panel, Row
 from dashboards.plot import Limit, Line, Mark, draw
 from dashboards.scope import Scope, moment_ms
 from dashboards.units import duration, exact, short

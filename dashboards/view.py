@@ -17,13 +17,14 @@ import structlog
 from aiohttp import web
 
 from dashboards import lookups
-from dashboards.answers import Answers, Query, Row, Trouble
+from dashboards.answers import Answers, Query, Trouble
 from dashboards.boards import Boards
 from dashboards.config import DashboardsConfig
 from dashboards.events_page import events_article, filters_of
 from dashboards.finding_page import Seen, article, plot_of, window_around
 from dashboards.markup import Markup, element
 from dashboards.page import CLOSING, opening, page
+from dashboards.panel import Row
 from dashboards.panel_html import sentence
 from dashboards.panels import BY_NAME
 from dashboards.scope import Scope, scope_of
@@ -42,7 +43,6 @@ STATIC: Final = {
     "icon.svg": "image/svg+xml",
 }
 UID_CHARACTERS_MAX: Final = 64
-REQUEST_LINE_MAX: Final = 8_190
 
 
 def make_view(
