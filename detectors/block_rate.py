@@ -25,7 +25,6 @@ from typing import Final, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from collector.event import AuditEvent
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, contributors
 from detectors.entities import Dump, EntityTable
@@ -65,18 +64,19 @@ class BlockRateOne(StageOne):
 
     def event(self, taken: Taken, cells: Cells) -> None:
         event = taken.event
+        user = event.user_id or actor(event)
         verdicts: dict[str, bool] = {}
         for result in event.guardrail_results:
-            if result.decision != "error":
-                verdicts[result.guard] = verdicts.get(result.guard, False) or result.decision == "block"
+            if result.decision == "block":
+                verdicts[result.guard] = True
+            elif result.decision != "error":
+                verdicts.setdefault(result.guard, False)
         for guard, blocked in verdicts.items():
             key = f"{event.model_version}\n{guard}"
             cell = cells.cell(event.tenant, NAME, key, taken.offset)
-            self._trial(taken, event, key, cell, blocked=blocked)
+            self._trial(taken, f"{event.tenant}\n{key}\n{user}", cell, blocked=blocked)
 
-    def _trial(self, taken: Taken, event: AuditEvent, key: str, cell: Cell, *, blocked: bool) -> None:
-        user = actor(event)
-        name = f"{event.tenant}\n{key}\n{user}"
+    def _trial(self, taken: Taken, name: str, cell: Cell, *, blocked: bool) -> None:
         past = self._users.get(name)
         counts = cell.counts
         counts["requests"] = counts.get("requests", 0) + 1
@@ -86,6 +86,7 @@ class BlockRateOne(StageOne):
         if not blocked:
             counts["distinct_trials"] = counts.get("distinct_trials", 0) + 1
             return
+        event, user = taken.event, actor(taken.event)
         cell.count("blocks")
         if fresh:
             cell.count("fresh_blocks")

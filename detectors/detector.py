@@ -52,10 +52,15 @@ class Cells:
 
     def cell(self, tenant: str, kind: str, key: str, offset: int) -> Cell:
         """The sums of this key; `offset` is that of the event that adds to it."""
-        cell = self._cells.get((tenant, kind, key))
+        name = (tenant, kind, key)
+        cell = self._cells.get(name)
         if cell is None:
-            cell = self._cells[tenant, kind, key] = Cell()
-        cell.touch(self.partition, offset)
+            cell = self._cells[name] = Cell()
+            cell.low = cell.high = offset
+        elif offset > cell.high:
+            cell.high = offset
+        elif offset < cell.low:
+            cell.low = offset
         return cell
 
     def drain(self) -> list[tuple[tuple[str, str, str], Cell]]:

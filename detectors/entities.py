@@ -29,14 +29,17 @@ class EntityTable(Generic[State]):
 
     def get(self, key: str) -> State | None:
         """The state, untouched; None for a stranger."""
-        entry = self._evident.get(key) or self._plain.get(key)
+        entry = self._plain.get(key) or self._evident.get(key)
         return None if entry is None else entry[1]
 
     def put(self, key: str, moment_us: int, state: State, *, evident: bool) -> None:
         """Keeps `state` as the most recently seen."""
-        if self._evident.pop(key, None) is None and self._plain.pop(key, None) is None:
+        part, other = (self._evident, self._plain) if evident else (self._plain, self._evident)
+        if key in part:
+            part.move_to_end(key)
+        elif other.pop(key, None) is None:
             self._make_room(moment_us)
-        (self._evident if evident else self._plain)[key] = (moment_us, state)
+        part[key] = (moment_us, state)
 
     def _make_room(self, moment_us: int) -> None:
         for part in (self._plain, self._evident):

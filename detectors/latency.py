@@ -56,15 +56,21 @@ class LatencyOne(StageOne):
             return
         stratum = f"{event.prompt_tokens.bit_length() // 2}.{event.response_tokens.bit_length() // 2}"
         cell = cells.cell(event.tenant, NAME, f"{event.model_version}\n{stratum}", taken.offset)
-        cell.count("calls")
-        cell.bucket("total", bucket_of(int(event.latency_ms * 1_000)))
+        if not cell.counts:
+            cell.counts["calls"] = 0
+            cell.histograms["total"] = {}
+            cell.weights["prompt_tokens"] = {}
+        cell.counts["calls"] += 1
+        _put(cell, "total", event.latency_ms)
         if event.ttft_ms is not None:
-            cell.bucket("ttft", bucket_of(int(event.ttft_ms * 1_000)))
+            _put(cell, "ttft", event.ttft_ms)
         if event.queue_ms is not None:
-            cell.bucket("queue", bucket_of(int(event.queue_ms * 1_000)))
+            _put(cell, "queue", event.queue_ms)
         if event.ms_per_output_token is not None:
-            cell.bucket("per_token", bucket_of(int(event.ms_per_output_token * 1_000)))
-        cell.weigh("prompt_tokens", actor(event), event.prompt_tokens)
+            _put(cell, "per_token", event.ms_per_output_token)
+        users = cell.weights["prompt_tokens"]
+        user = event.user_id or actor(event)
+        users[user] = users.get(user, 0) + event.prompt_tokens
         cell.samples.append((taken.moment_us, event.event_id))
 
 
@@ -354,6 +360,14 @@ class LatencyTwo(StageTwo):
     def restore(self, raw: bytes) -> None:
         keys, self._refused_keys, self._open = _decoder.decode(raw)
         self._keys = dict(keys)
+
+
+def _put(cell: Cell, metric: str, value_ms: float) -> None:
+    histogram = cell.histograms.get(metric)
+    if histogram is None:
+        histogram = cell.histograms[metric] = {}
+    bucket = bucket_of(int(value_ms * 1_000))
+    histogram[bucket] = histogram.get(bucket, 0) + 1
 
 
 def _above(weights: Weights, value: float) -> float:

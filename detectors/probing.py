@@ -85,7 +85,7 @@ class ProbingOne(StageOne):
 
     def event(self, taken: Taken, cells: Cells) -> None:
         event = taken.event
-        who = actor(event)
+        who = event.user_id or actor(event)
         if not event.guardrail_results or not who:
             return
         name = f"{event.tenant}\n{who}"

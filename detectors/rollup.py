@@ -119,7 +119,7 @@ def add_all(into: dict[int, int], other: dict[int, int]) -> None:
 class Cell:
     """The sums of one key while its second is open (stage 1), or of several partitions and seconds (stage 2)."""
 
-    __slots__ = ("counts", "extremes", "histograms", "offsets", "samples", "weights")
+    __slots__ = ("counts", "extremes", "high", "histograms", "low", "offsets", "samples", "weights")
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -127,17 +127,13 @@ class Cell:
         self.weights: dict[str, dict[str, int]] = {}
         self.extremes: list[Extreme] = []
         self.samples: list[Sample] = []
+        self.low = self.high = 0
+        """First and last offset of the one partition of stage 1."""
         self.offsets: dict[int, tuple[int, int]] = {}
-        """Partition to the first and last offset."""
+        """In stage 2: partition to first and last offset."""
 
     def count(self, name: str, by: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + by
-
-    def bucket(self, name: str, bucket: int) -> None:
-        histogram = self.histograms.get(name)
-        if histogram is None:
-            histogram = self.histograms[name] = {}
-        histogram[bucket] = histogram.get(bucket, 0) + 1
 
     def weigh(self, name: str, entity_id: str, by: int) -> None:
         weights = self.weights.get(name)
@@ -145,12 +141,8 @@ class Cell:
             weights = self.weights[name] = {}
         weights[entity_id] = weights.get(entity_id, 0) + by
 
-    def touch(self, partition: int, offset: int) -> None:
-        span = self.offsets.get(partition)
-        self.offsets[partition] = (offset, offset) if span is None else (min(span[0], offset), max(span[1], offset))
-
-    def absorb(self, other: "Cell | Partial", limit: int) -> None:
-        """Adds a later second or another partition; of weights and extremes `limit` are kept."""
+    def absorb(self, other: Partial, limit: int) -> None:
+        """Adds another partition; of weights and extremes `limit` are kept."""
         for name, count in other.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         for name, histogram in other.histograms.items():
@@ -163,16 +155,10 @@ class Cell:
                 self.weights[name] = first(mine, limit)
         self.extremes = largest([*self.extremes, *other.extremes], limit) if other.extremes else self.extremes
         self.samples = earliest([*self.samples, *other.samples]) if other.samples else self.samples
-        spans = (
-            {other.partition: (other.first_offset, other.last_offset)} if isinstance(other, Partial) else other.offsets
-        )
-        for partition, (low, high) in spans.items():
-            self.touch(partition, low)
-            self.touch(partition, high)
+        merge_offsets(self.offsets, {other.partition: (other.first_offset, other.last_offset)})
 
     def partial(self, partition: int, second: int, name: CellName, limit: int) -> Partial:
         """The wire form, in an order that does not depend on arrival."""
-        low, high = self.offsets[partition]
         tenant, kind, key = name
         return Partial(
             partition=partition,
@@ -185,8 +171,8 @@ class Cell:
             weights={name: first(self.weights[name], limit) for name in sorted(self.weights)},
             extremes=largest(self.extremes, limit),
             samples=earliest(self.samples),
-            first_offset=low,
-            last_offset=high,
+            first_offset=self.low,
+            last_offset=self.high,
         )
 
 

@@ -60,10 +60,17 @@ class TokenLengthOne(StageOne):
         limit = event.max_tokens.bit_length()
         key = f"{event.model_version}\n{event.prompt_tokens.bit_length() // 2}.{limit}"
         cell = cells.cell(event.tenant, NAME, key, taken.offset)
-        user = actor(event)
-        cell.count("completions")
-        cell.bucket("tokens", bucket_of(tokens))
-        cell.weigh("completions", user, 1)
+        if not cell.counts:
+            cell.counts["completions"] = 0
+            cell.histograms["tokens"] = {}
+            cell.weights["completions"] = {}
+        cell.counts["completions"] += 1
+        lengths = cell.histograms["tokens"]
+        bucket = bucket_of(tokens)
+        lengths[bucket] = lengths.get(bucket, 0) + 1
+        user = event.user_id or actor(event)
+        users = cell.weights["completions"]
+        users[user] = users.get(user, 0) + 1
         cell.extremes.append((tokens, user, event.event_id))
 
 
