@@ -63,12 +63,17 @@ def _fill(frame: str, slots: Slots, chance: random.Random) -> str:
         word = chance.choice(slots[name] if name in slots else slots[name.rstrip("_23")])
         if name == "make_":
             return word.lower()
-        return word.replace(" ", "_") if name == "secret_" else word
+        return word.replace(" ", "_") if name == "secret_" else _plain(word)
 
-    frame = frame.replace("{{", "\0").replace("}}", "\1")
+    frame = _plain(frame)
     for _ in range(_DEPTH_MAX):
         frame = _SLOT.sub(one, frame)
     return frame.replace("\0", "{").replace("\1", "}")
+
+
+def _plain(frame: str) -> str:
+    """Doubled braces as marks that are no slots."""
+    return frame.replace("{{", "\0").replace("}}", "\1")
 
 
 def _made_up(slots: Slots, chance: random.Random) -> dict[str, str]:
@@ -85,6 +90,7 @@ def _made_up(slots: Slots, chance: random.Random) -> dict[str, str]:
         "s1": sentence[:cut],
         "s2": sentence[cut:],
         "flood": " ".join([chance.choice(slots["flood"])] * 30),
+        "ident": "".join(chance.choices("ABCDEFGHKLMNPRSTXYZabcdefhkmnrstxyz0123456789-", k=chance.randrange(3, 14))),
         "blob": "".join(chance.choices(letters, k=chance.randrange(15, 60))),
     }
 

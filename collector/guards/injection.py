@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collector.event import Stage
-from collector.guards.ngrams import FORMAT, NgramSpec, window_buckets
+from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
 from collector.guards.normaliser import UNDONE, normalise
 from collector.guards.protocol import Guard, GuardPolicy, GuardRefused, Judgement, Probe
 
@@ -96,7 +96,7 @@ class Head:
         """The log-odds of the worst window of a normalised text, before calibration."""
         worst = -math.inf
         for buckets in window_buckets(text, self.spec.ngrams):
-            worst = max(worst, float(self.weights[buckets].sum()) / math.sqrt(max(1, len(buckets))))
+            worst = max(worst, float(self.weights[buckets].sum()) * share(len(buckets)))
         return worst + self.spec.bias
 
     def score(self, text: str) -> float:
@@ -110,6 +110,8 @@ class Weights:
 
     heads: Mapping[Channel, Head]
     digest: str
+    """SHA-256 of the file, hexadecimal."""
+    size_bytes: int
 
 
 class InjectionGuard:
@@ -133,16 +135,16 @@ class InjectionGuard:
     )
 
     def __init__(self, weights: Weights) -> None:
-        self._weights = weights
+        self.weights = weights
 
     @cached_property
     def version(self) -> str:
-        return f"{FORMAT}+{self._weights.digest[:12]}"
+        return f"{FORMAT}+{self.weights.digest[:12]}"
 
     def judge(self, text: str, stage: Stage) -> Judgement:
         channel = CHANNELS[stage]
         plain, undone = normalise(text)
-        score = self._weights.heads[channel].score(plain) if plain.strip() else 0.0
+        score = self.weights.heads[channel].score(plain) if plain.strip() else 0.0
         block = score >= 0.5
         return Judgement(score, "+".join(((_LABELS[channel],) if block else ()) + undone), block)
 
@@ -173,4 +175,4 @@ def load_weights(raw: bytes, source: str) -> Weights:
         if head.char_min > head.char_max or head.step > head.window:
             raise GuardRefused(f"{source}: the {channel} head's n-grams or windows make no sense; train it again")
         heads[channel] = Head(head, values.astype(np.float32))
-    return Weights(heads, hashlib.sha256(raw).hexdigest())
+    return Weights(heads, hashlib.sha256(raw).hexdigest(), len(raw))

@@ -5,6 +5,7 @@ scikit-learn's HashingVectorizer, and training and judging share this one functi
 The hash is part of the weights' meaning: changing anything here means `FORMAT` + 1 and training again.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from collector.guards.protocol import windows
 
 FORMAT: Final = 1
+SHRINK: Final = 40.0
+"""N-grams' worth of doubt: a text of one word says little, so its few n-grams count for less."""
 Buckets = NDArray[np.int32]
 
 _SPACE: Final = re.compile(r"\s+")
@@ -54,6 +57,11 @@ def window_buckets(text: str, spec: NgramSpec) -> list[Buckets]:
         parts += [hashes[first : max(first, last - size + 1)] for size, hashes in words]
         found.append(_distinct(np.concatenate(parts)))
     return found
+
+
+def share(count: int) -> float:
+    """What each of a window's `count` n-grams counts: the whole has length 1, or less where it is short."""
+    return 1 / math.sqrt(count + SHRINK)
 
 
 def _distinct(buckets: Buckets) -> Buckets:

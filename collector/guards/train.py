@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from collector.guards.authored import draw
 from collector.guards.injection import METADATA_KEY, Channel, HeadSpec, WeightsSpec
 from collector.guards.model_card import card
-from collector.guards.ngrams import FORMAT, NgramSpec, window_buckets
+from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
 from collector.guards.normaliser import normalise
 
 SOURCE_OWN: Final = "authored (this project)"
@@ -101,13 +101,22 @@ def own_rows(seed: int) -> list[Row]:
     ]
 
 
+def wanted_rows(rows: Sequence[Row], channel: Channel) -> list[Row]:
+    """The rows that a channel's head is trained on, those of the other channel included."""
+    return [
+        row
+        for row in rows
+        if row.family not in NOT_FOR[channel] and not (row.family == "jb_suffix" and len(row.text) < SUFFIX_CHARS_MIN)
+    ]
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Rows as windows of features, for one head."""
 
     rows: Sequence[Row]
     windows: Any
-    """CSR matrix (windows, buckets); every row of it has length 1 in the Euclidean sense."""
+    """CSR matrix (windows, buckets); each n-gram of a window as `share` says."""
     row_of: NDArray[np.int64]
     """(windows,): the row each window belongs to."""
     labels: NDArray[np.int64]
@@ -128,7 +137,7 @@ def corpus(rows: Sequence[Row], spec: NgramSpec) -> Corpus:
             lengths.append(len(buckets))
             row_of.append(number)
     sizes = np.array(lengths)
-    data = np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes)
+    data = np.repeat([share(size) for size in lengths], sizes)
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     return Corpus(
         rows=rows,
@@ -240,11 +249,7 @@ class TrainedHead:
 
 def train_head(rows: Sequence[Row], channel: Channel, seed: int, tell: Callable[[str], None]) -> TrainedHead:
     """One head, its threshold and calibration. Raises `BadTrainingData`."""
-    wanted = [
-        row
-        for row in rows
-        if row.family not in NOT_FOR[channel] and not (row.family == "jb_suffix" and len(row.text) < SUFFIX_CHARS_MIN)
-    ]
+    wanted = wanted_rows(rows, channel)
     ngrams = SPECS[channel]
     data = corpus(wanted, ngrams)
     tell(f"{channel}: {len(wanted)} rows, {data.windows.shape[0]} windows")
