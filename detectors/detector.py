@@ -9,10 +9,12 @@ A new detector is one file with a `Detector` in it, a line in `catalogue.py`, an
 """
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+import msgspec
 from msgspec import Struct
 
-from collector.event import AuditEvent
+from collector.event import AnyRecord, AuditEvent, Record
 from detectors.config import DetectConfig
 from detectors.finding import Confidence, Contributor, Entity, Severity, Statistic
 from detectors.rollup import Cell, Sample, Signal
@@ -148,6 +150,32 @@ class Detector(Struct, frozen=True, kw_only=True):
 def actor(event: AuditEvent) -> str:
     """Who sent it: the key by which iw.events is partitioned, user, else API key, else address. May be empty."""
     return event.user_id or event.api_key or event.client_address
+
+
+def printable(record: AnyRecord) -> AnyRecord:
+    """The record with control characters in its names replaced, so that no name can pass for two or break a line."""
+    names = record.collector_id + record.boot + record.event_id
+    if not isinstance(record, AuditEvent):
+        return record if names.isprintable() else _cleaned(record, ())
+    names += record.tenant + record.model_version + record.user_id + record.session_id + record.api_key
+    names += record.client_address
+    if names.isprintable() and all(result.guard.isprintable() for result in record.guardrail_results):
+        return record
+    cleaned = _cleaned(record, ("tenant", "model_version", "user_id", "session_id", "api_key", "client_address"))
+    results = [msgspec.structs.replace(result, guard=_clean(result.guard)) for result in record.guardrail_results]
+    return msgspec.structs.replace(cleaned, guardrail_results=results)
+
+
+_Record = TypeVar("_Record", bound=Record)
+
+
+def _cleaned(record: _Record, names: tuple[str, ...]) -> _Record:
+    wanted = ("collector_id", "boot", "event_id", *names)
+    return msgspec.structs.replace(record, **{name: _clean(getattr(record, name)) for name in wanted})
+
+
+def _clean(name: str) -> str:
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
 
 
 def actor_entity(actor_id: str) -> Entity:

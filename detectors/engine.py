@@ -18,7 +18,7 @@ from collector.event import AnyRecord
 from detectors.catalogue import cards, enabled
 from detectors.config import DetectConfig, config_digest
 from detectors.coverage import CoverageOne
-from detectors.detector import Alarm, Cells
+from detectors.detector import Alarm, Cells, printable
 from detectors.finding import Finding
 from detectors.lifecycle import Lifecycle
 from detectors.rollup import Cell, Marker, Partial, Rollup, Signal
@@ -103,6 +103,7 @@ class PartitionEngine:
         if offset <= self.applied_offset:
             return "replayed"
         self.applied_offset = offset
+        record = printable(record)
         flag = self._clock.observe(record, append_ms=append_ms, offset=offset)
         for trouble in self._clock.troubles():
             self._coverage.trouble(trouble)

@@ -105,7 +105,7 @@ def _appended(
     records: Iterable[AnyRecord], collector: int, layout: Layout, begin_us: int
 ) -> list[tuple[int, int, AnyRecord]]:
     """When the broker took each record: soon, or, after an outage, as fast as the collector drains."""
-    rng = random.Random(layout.seed * 1000 + collector)
+    rng = random.Random(layout.seed * 1000 + collector)  # noqa: S311 seeded on purpose
     step_ms = 333 // layout.drain[collector % len(layout.drain)]
     last_ms, rows = 0, []
     for number, record in enumerate(records):

@@ -27,7 +27,7 @@ class Traffic:
     events: list[AuditEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
+        self.rng = random.Random(self.seed)  # noqa: S311 seeded on purpose
         self.prompts = 0
 
     def calm(self, begin_s: float, span_s: float, slow: float = 1.0) -> None:
