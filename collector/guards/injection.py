@@ -31,12 +31,18 @@ METADATA_KEY: Final = "inferwatch"
 
 Channel = Literal["user", "document"]
 CHANNELS: Final[Mapping[Stage, Channel]] = {"input": "user", "retrieved": "document", "tool": "document"}
+_ADVISORY: Final[frozenset[Stage]] = frozenset({"retrieved", "tool"})
 _LABELS: Final[Mapping[Channel, str]] = {"user": "injection", "document": "poisoned"}
 
 
 class InjectionConfig(GuardPolicy):
     """`[collector.guards.injection]`: judges what users type and what is fetched for them."""
 
+    shadow_stages: frozenset[Stage] = Field(
+        _ADVISORY,
+        description="Stages at which the guard only watches. By default fetched text: of ordinary mails and code pages "
+        "one in five would be blocked (tests/bench/guards.py). Empty: it blocks there too.",
+    )
     weights_file: Path | None = Field(
         None, description="Weights written by collector.guards.train. Unset: those that came with the package."
     )

@@ -95,6 +95,9 @@ class GuardPolicy(BaseModel, ABC):
     stages: frozenset[Stage] | None = Field(
         None, min_length=1, description="Judge only these stages. Unset: all that the guard is for."
     )
+    shadow_stages: frozenset[Stage] = Field(
+        frozenset(), description="Stages at which the guard only watches, as in mode shadow, whatever the mode says."
+    )
     deadline_ms: float = Field(
         2_000, gt=0, le=600_000, description="Time for one text; beyond it the verdict is error."
     )
@@ -113,7 +116,9 @@ class GuardPolicy(BaseModel, ABC):
         own = self.tenants.get(tenant)
         return self.threshold if own is None or own.threshold is None else own.threshold
 
-    def mode_for(self, tenant: str) -> Literal["enforce", "shadow"]:
+    def mode_for(self, tenant: str, stage: Stage) -> Literal["enforce", "shadow"]:
+        if stage in self.shadow_stages:
+            return "shadow"
         own = self.tenants.get(tenant)
         return self.mode if own is None or own.mode is None else own.mode
 

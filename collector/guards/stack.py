@@ -133,7 +133,8 @@ class GuardStack:
                 return True
             policy = policies.get(result.guard)
             if result.decision == "error" and (
-                policy is None or (policy.mode_for(tenant) == "enforce" and policy.on_error_for(tenant) == "block")
+                policy is None
+                or (policy.mode_for(tenant, result.stage) == "enforce" and policy.on_error_for(tenant) == "block")
             ):
                 return True
         return False
@@ -283,7 +284,7 @@ def _verdict(task: _Task, outcome: _Outcome, tenant: str) -> GuardResult:
     if outcome.judgement is not None:
         threshold = policy.threshold_for(tenant)
         bad = outcome.judgement.block if threshold is None else outcome.judgement.score >= threshold
-        enforced = policy.mode_for(tenant) == "enforce"
+        enforced = policy.mode_for(tenant, task.stage) == "enforce"
         decision = ("block" if enforced else "shadow") if bad else "allow"
     return GuardResult(
         guard=guard.name,
