@@ -176,14 +176,16 @@ def keys_api(
 
 
 @dashboards_app.command("export")
-def dashboards_export(folder: Annotated[Path, typer.Argument(help="Where the JSON files go.")]) -> None:
+def dashboards_export(
+    folder: Annotated[Path, typer.Argument(help="Where the JSON files go.")], config: ConfigOption = None
+) -> None:
     """Write the Grafana dashboards as JSON, ready to import or provision.
 
     Example: inferwatch dashboards export compose/grafana/dashboards
     """
     from dashboards.grafana import export  # noqa: PLC0415
 
-    for file in export(folder):
+    for file in export(folder, load(config).dashboards):
         typer.echo(str(file))
 
 

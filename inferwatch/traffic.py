@@ -88,17 +88,19 @@ class Traffic:
         ]
         await self._with_background(seconds, jobs)
 
-    async def heavy_prompts(self, *, prompts: int = 260, seconds: float = 14) -> None:
-        """Prompts that fill the context, at a concurrency that makes everybody wait."""
-        jobs = [
-            self._chat(
-                f"heavy-{number % 3}",
-                " ".join(self._random.choice(QUESTIONS) for _ in range(40)),
-                tokens=self._random.randrange(24, 40),
-            )
-            for number in range(prompts)
-        ]
-        await self._with_background(seconds, jobs)
+    async def heavy_prompts(self, *, in_flight: int = 64, seconds: float = 12, prompts_max: int = 1500) -> None:
+        """Three accounts keep many context-filling prompts in flight, so that everybody waits, however fast the engine."""
+        clock = asyncio.get_running_loop().time
+        end, sent = clock() + seconds, 0
+
+        async def keep_sending(worker: int) -> None:
+            nonlocal sent
+            while clock() < end and sent < prompts_max:
+                sent += 1
+                text = " ".join(self._random.choice(QUESTIONS) for _ in range(40))
+                await self._limited(self._chat(f"heavy-{worker % 3}", text, tokens=self._random.randrange(24, 40)))
+
+        await asyncio.gather(self.calm(seconds), *(keep_sending(worker) for worker in range(in_flight)))
 
     async def long_completions(self, *, prompts: int = 20, seconds: float = 14) -> None:
         """A few accounts draw answers many times longer than anybody's, from ordinary prompts."""
