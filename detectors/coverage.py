@@ -115,17 +115,18 @@ class CoverageTwo(StageTwo):
                 confidence="high",
                 statistic=Statistic(name=problem, observed=float(records), baseline=0.0, threshold=0.0, unit="records"),
                 counts=signal.counts,
-                summary=SUMMARIES[problem].format(lane=lane, records=records),
+                summary=SUMMARIES[problem].format(lane=lane, records=f"{records} record{'s' * (records != 1)}"),
                 offsets={signal.partition: (signal.first_offset, signal.last_offset)},
                 samples=signal.samples,
+                replay_us=(signal.first_seen_us, signal.last_seen_us),
             )
         ]
 
 
 SUMMARIES: Final[dict[str, str]] = {
-    "hole": "{records} records of lane {lane} are missing: the audit has a gap",
-    "late": "{records} events of lane {lane} came after their second was judged; the replay judges them too",
-    "quarantined": "{records} records of lane {lane} were set apart: clock too far ahead, or collector not expected",
+    "hole": "{records} missing from lane {lane}: the audit has a gap",
+    "late": "{records} of lane {lane} came after the second was judged; the replay judges them too",
+    "quarantined": "{records} of lane {lane} set apart: clock too far ahead, or collector not expected",
 }
 
 _encoder = msgspec.msgpack.Encoder()

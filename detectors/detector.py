@@ -41,6 +41,10 @@ class Alarm(Struct, frozen=True, kw_only=True):
     samples: list[Sample]
     contributors: list[Contributor] = []
     cold_start: str = ""
+    peak_speaks: bool = False
+    """Whether the strongest alarm of an episode describes it. Else the newest does, since its counts go on growing."""
+    replay_us: tuple[int, int] | None = None
+    """What to read again, where it is not the episode's own time; for all detectors and tenants."""
 
 
 class Cells:
@@ -159,7 +163,9 @@ def printable(record: AnyRecord) -> AnyRecord:
         return record if names.isprintable() else _cleaned(record, ())
     names += record.tenant + record.model_version + record.user_id + record.session_id + record.api_key
     names += record.client_address
-    if names.isprintable() and all(result.guard.isprintable() for result in record.guardrail_results):
+    for result in record.guardrail_results:
+        names += result.guard
+    if names.isprintable():
         return record
     cleaned = _cleaned(record, ("tenant", "model_version", "user_id", "session_id", "api_key", "client_address"))
     results = [msgspec.structs.replace(result, guard=_clean(result.guard)) for result in record.guardrail_results]

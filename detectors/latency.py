@@ -338,6 +338,7 @@ class LatencyTwo(StageTwo):
             samples=earliest(sample for step in steps for sample in step.samples),
             contributors=top,
             cold_start=_cold_start(age_s),
+            peak_speaks=True,
         )
 
     def _part(self, state: KeyState, steps: list[Step]) -> tuple[str, float, float]:

@@ -23,6 +23,8 @@ from detectors.finding import FINDING_SCHEMA_VERSION, Evidence, Finding, Severit
 from detectors.rollup import earliest, merge_offsets, offset_ranges
 from detectors.time import SECOND_US
 
+LAST_US: Final = 253_402_300_799 * SECOND_US
+"""The last second that a date can name."""
 RANK: Final[dict[Severity, int]] = {"info": 0, "low": 1, "medium": 2, "high": 3, "critical": 4}
 
 
@@ -170,19 +172,28 @@ class Lifecycle:
 
 def replay_command(detector: str, alarm: Alarm, start_us: int, lookback_s: int) -> str:
     """The command that reads the episode's events again. Times only, so it is the same however Kafka was laid out."""
-    begin = from_timestamp_us((start_us // SECOND_US - lookback_s) * SECOND_US)
-    end = from_timestamp_us((alarm.at_us // SECOND_US + 1) * SECOND_US)
-    words = ["inferwatch", "backtest", "--detector", detector, "--tenant", alarm.tenant]
-    words += ["--from", f"{begin:%Y-%m-%dT%H:%M:%SZ}", "--to", f"{end:%Y-%m-%dT%H:%M:%SZ}"]
-    return shlex.join(words)
+    words = ["inferwatch", "backtest"]
+    if alarm.replay_us is None:
+        words += ["--detector", detector, "--tenant", alarm.tenant]
+    begin_us, end_us = alarm.replay_us or (start_us - lookback_s * SECOND_US, alarm.at_us)
+    return shlex.join([*words, "--from", _second(begin_us), "--to", _second(end_us + SECOND_US)])
+
+
+def _second(moment_us: int) -> str:
+    """ISO 8601, kept within 1970 and 9999: a hostile timestamp may lie outside."""
+    return f"{from_timestamp_us(min(max(moment_us, 0), LAST_US) // SECOND_US * SECOND_US):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _joined(old: Alarm, new: Alarm) -> Alarm:
-    """The newer alarm, with the evidence of both and the worse severity."""
+    """The newer alarm, or the stronger where that speaks, with the evidence of both and the worse severity."""
     offsets = dict(old.offsets)
     merge_offsets(offsets, new.offsets)
+    begin_us, end_us = old.replay_us or (0, 0)
+    spoken = old if new.peak_speaks and old.statistic.observed > new.statistic.observed else new
     return msgspec.structs.replace(
-        new,
+        spoken,
+        at_us=new.at_us,
+        replay_us=new.replay_us and (min(begin_us, new.replay_us[0]), max(end_us, new.replay_us[1])),
         offsets=offsets,
         samples=earliest([*old.samples, *new.samples]),
         severity=max(old.severity, new.severity, key=RANK.__getitem__),

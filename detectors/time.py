@@ -76,7 +76,7 @@ class PartitionClock:
         self._expected = frozenset(config.collectors)
         self._troubles: list[Trouble] = []
         self.state = ClockState()
-        self._least: str | None = None
+        self._least: Lane | None = None
         """The live lane with the least promise, where known."""
         self._expiry_ms = 0
         """No live lane can be dead before the partition's clock shows this."""
@@ -99,10 +99,13 @@ class PartitionClock:
 
     def observe(self, record: AnyRecord, *, append_ms: int, offset: int) -> Flag:
         """Judges one record. Call in order of offset."""
-        self._grow(append_ms)
+        state = self.state
+        if append_ms != state.appended_ms:
+            self._grow(append_ms)
         flag = self._tick(append_ms) if isinstance(record, Tick) else self._judge(record, append_ms, offset)
-        self.state.counters[flag] = self.state.counters.get(flag, 0) + 1
-        self._bury()
+        state.counters[flag] = state.counters.get(flag, 0) + 1
+        if state.clock_ms > self._expiry_ms:
+            self._bury()
         self._advance()
         return flag
 
@@ -160,7 +163,7 @@ class PartitionClock:
         flag: Flag = "control"
         if isinstance(record, AuditEvent):
             flag = self._place(record, moment_us, offset)
-        self._promise(name, lane, record, moment_us)
+        self._promise(lane, record, moment_us)
         return flag
 
     def _place(self, event: AuditEvent, moment_us: int, offset: int) -> Flag:
@@ -172,7 +175,7 @@ class PartitionClock:
         self.state.pending_count += 1
         return "taken"
 
-    def _promise(self, name: str, lane: Lane, record: AnyRecord, moment_us: int) -> None:
+    def _promise(self, lane: Lane, record: AnyRecord, moment_us: int) -> None:
         """A record that moves the promise keeps its lane alive, or revives it."""
         if isinstance(record, Goodbye):
             lane.promise_us = max(lane.promise_us, moment_us)
@@ -183,7 +186,7 @@ class PartitionClock:
         if moment_us > lane.promise_us or isinstance(record, Hello):
             lane.promise_us = max(lane.promise_us, moment_us)
             lane.moved_ms = self.state.clock_ms
-            if not lane.live or name == self._least:
+            if not lane.live or lane is self._least:
                 self._least = None
             lane.live = True
 
@@ -201,8 +204,6 @@ class PartitionClock:
     def _bury(self) -> None:
         """T5: a lane is dead when the clock grew too far without its promise moving."""
         state = self.state
-        if state.clock_ms <= self._expiry_ms:
-            return
         oldest_ms = state.clock_ms
         for lane in state.lanes.values():
             if lane.live and state.clock_ms - lane.moved_ms > self._config.silence_max_ms:
@@ -215,26 +216,28 @@ class PartitionClock:
     def _advance(self) -> None:
         """T6 and T8: the watermark is the running maximum of the least promise; seconds that end before it close."""
         state = self.state
-        least = state.lanes.get(self._least) if self._least is not None else None
+        least = self._least
         if least is None:
-            live = [(lane.promise_us, name) for name, lane in state.lanes.items() if lane.live]
+            live = [lane for lane in state.lanes.values() if lane.live]
             if live:
-                self._least = min(live)[1]
-                least = state.lanes[self._least]
-        state.watermark_us = max(state.watermark_us, least.promise_us if least else state.tick_us)
+                least = self._least = min(live, key=lambda lane: lane.promise_us)
+        promise_us = least.promise_us if least is not None else state.tick_us
+        if promise_us > state.watermark_us:
+            self._move(promise_us)
         if state.pending_count > self._config.pending_events_max:
             self._force()
-        if state.watermark_us > NEVER:
-            through = state.watermark_us // SECOND_US - 1
-            if state.closed_through is None or through > state.closed_through:
-                state.closed_through = through
+
+    def _move(self, watermark_us: int) -> None:
+        """The watermark never goes back, so neither does what is closed."""
+        self.state.watermark_us = watermark_us
+        self.state.closed_through = watermark_us // SECOND_US - 1
 
     def _force(self) -> None:
         """The limit on waiting events: their oldest second closes now. Decided by the log alone, so replays agree."""
         state = self.state
         waiting = [second for second in state.pending if state.closed_through is None or second > state.closed_through]
         if waiting:
-            state.watermark_us = max(state.watermark_us, (min(waiting) + 1) * SECOND_US)
+            self._move((min(waiting) + 1) * SECOND_US)
             state.counters["forced_seconds"] = state.counters.get("forced_seconds", 0) + 1
 
     def _tell(self, problem: Problem, record: AnyRecord, moment_us: int, offset: int, lost: int = 1) -> None:

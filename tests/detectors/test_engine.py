@@ -1,6 +1,7 @@
 """The two promises: the same log gives the same bytes, and another layout gives the same findings but for offsets."""
 
 import random
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
@@ -177,6 +178,20 @@ def test_bytes_that_are_no_rollup_are_refused_without_being_quoted(raw: bytes) -
     """BadRollup and nothing else."""
     with pytest.raises(rollup.BadRollup, match="no rollup of this version"):
         rollup.decode(raw)
+
+
+@pytest.mark.parametrize("year", [1, 1969, 9999])
+def test_a_timestamp_at_the_end_of_time_harms_nothing(year: int) -> None:
+    """The first and the last date there is, blocked and long, before and after time has started."""
+    moment = datetime(year, 12, 31, 23, 59, 59, tzinfo=UTC)
+    traffic = four_campaigns(4, calm_s=70, which="brt")
+    (log,) = lay_out(traffic.events, Layout(partitions=1, heartbeat_ms=1_000))
+    for position in (5, 700):
+        record = msgspec.structs.replace(log[position].record, timestamp=moment, seq=log[position].record.seq)
+        log[position] = Logged(record, log[position].append_ms, log[position].offset)
+    out = run([log], CONFIG, batch=50, restart=0.1)
+    assert out.flags["late"] + out.flags["quarantined"] + out.flags["control"] > 0
+    assert {each.detector for each in out.findings} >= {"block_rate", "probing", "token_length"}
 
 
 def _beats(seconds: int) -> list[Logged]:
