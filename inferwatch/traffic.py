@@ -89,7 +89,7 @@ class Traffic:
         await self._with_background(seconds, jobs)
 
     async def heavy_prompts(self, *, in_flight: int = 64, seconds: float = 12, prompts_max: int = 1500) -> None:
-        """Three accounts keep many context-filling prompts in flight, so that everybody waits, however fast the engine."""
+        """Three accounts keep many heavy prompts in flight, so that everybody waits, however fast the engine is."""
         clock = asyncio.get_running_loop().time
         end, sent = clock() + seconds, 0
 

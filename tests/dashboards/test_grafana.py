@@ -13,7 +13,7 @@ from dashboards.panels import PANELS
 from dashboards.window import Window, between
 from tests.dashboards.stored import StoreProcess
 
-GOLDEN = Path(__file__).parent / "inferwatch-overview.json"
+GOLDEN = Path(__file__).parents[2] / "compose" / "grafana" / "dashboards" / "inferwatch-overview.json"
 
 
 def expanded(sql: str, window: Window, tenant: str) -> str:
@@ -32,7 +32,7 @@ def expanded(sql: str, window: Window, tenant: str) -> str:
 
 
 def test_the_dashboard_is_the_golden_one() -> None:
-    """A change of a panel shows in the golden file: `inferwatch dashboards export tests/dashboards` writes it anew."""
+    """A change of a panel shows in the golden file: `inferwatch dashboards export compose/grafana/dashboards` does it anew."""
     assert dumps(grafana_dashboards()["inferwatch-overview"]) == GOLDEN.read_text(encoding="utf-8")
 
 
