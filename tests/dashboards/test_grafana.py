@@ -32,7 +32,7 @@ def expanded(sql: str, window: Window, tenant: str) -> str:
 
 
 def test_the_dashboard_is_the_golden_one() -> None:
-    """A change of a panel shows in the golden file: `inferwatch dashboards export compose/grafana/dashboards` does it anew."""
+    """A change of a panel shows in the golden file: `inferwatch dashboards export` writes it anew."""
     assert dumps(grafana_dashboards()["inferwatch-overview"]) == GOLDEN.read_text(encoding="utf-8")
 
 
