@@ -28,8 +28,9 @@ from msgspec import Struct
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, contributors
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Statistic
-from detectors.histogram import Histogram, bucket_of, halve, quantile, total, upper_tail
-from detectors.rollup import Cell, Sample, add_all, earliest, first, merge_offsets
+from detectors.histogram import bucket_of, quantile, upper_tail
+from detectors.rollup import Cell, earliest, first, merge_offsets
+from detectors.strata import STRATA_MAX, Step, Stratum, above, known, standardised, teach
 from detectors.time import SECOND_US, Taken
 
 NAME: Final = "latency"
@@ -37,14 +38,10 @@ STEPS: Final = 5
 """Steps in a window."""
 STEPS_MAX: Final = 60
 """Steps to which a window may grow while calls are few."""
-STRATA_MAX: Final = 128
-STRATUM_CALLS_MIN: Final = 10
-STRATUM_CALLS_MAX: Final = 20_000
 HISTORY_MAX: Final = 120
 HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02
 WEEK_S: Final = 7 * 86_400
-Weights = dict[int, float]
 
 
 class LatencyOne(StageOne):
@@ -72,30 +69,6 @@ class LatencyOne(StageOne):
         user = event.user_id or actor(event)
         users[user] = users.get(user, 0) + event.prompt_tokens
         cell.samples.append((taken.moment_us, event.event_id))
-
-
-class Stratum(Struct):
-    """Histograms of one prompt size and answer length, by metric, in µs."""
-
-    calls: int = 0
-    metrics: dict[str, Histogram] = {}
-
-    def absorb(self, other: "Stratum | Cell") -> None:
-        self.calls += other.calls if isinstance(other, Stratum) else other.counts["calls"]
-        for name, histogram in (other.metrics if isinstance(other, Stratum) else other.histograms).items():
-            add_all(self.metrics.setdefault(name, {}), histogram)
-
-
-class Step(Struct):
-    """A fifth of a window."""
-
-    index: int
-    strata: dict[str, Stratum] = {}
-    prompt_tokens: dict[str, int] = {}
-    samples: list[Sample] = []
-    offsets: dict[int, tuple[int, int]] = {}
-    slow: bool = False
-    learned: bool = False
 
 
 class KeyState(Struct):
@@ -215,46 +188,22 @@ class LatencyTwo(StageTwo):
             if step.index <= end - STEPS_MAX or (calls >= self._config.min_calls and step.index <= end - STEPS):
                 break
             steps.append(step)
-            calls += sum(stratum.calls for key, stratum in step.strata.items() if self._known(state, key))
+            calls += sum(stratum.calls for key, stratum in step.strata.items() if known(state.baseline, key))
         if calls < self._config.min_calls:
             return None
         return self._compare(state, steps[::-1])
 
-    def _known(self, state: KeyState, key: str) -> bool:
-        known = state.baseline.get(key)
-        return known is not None and known.calls >= STRATUM_CALLS_MIN
-
     def _compare(self, state: KeyState, steps: list[Step]) -> Judgement:
-        observed, expected = self._standardised(state, steps, "total")
+        observed, expected = standardised(state.baseline, steps, "total")
         calls = round(math.fsum(observed.values()))
         limit = quantile(expected, 0.9)
-        share = _above(expected, limit) / max(math.fsum(expected.values()), 1.0)
+        share = above(expected, limit) / max(math.fsum(expected.values()), 1.0)
         weigh = self._config.design_effect
-        chance_ln = upper_tail(_above(observed, limit) / weigh, calls / weigh, share)
+        chance_ln = upper_tail(above(observed, limit) / weigh, calls / weigh, share)
         tail = 0.0
         if calls >= self._config.tail_calls:
             tail = quantile(observed, 0.95) / max(quantile(expected, 0.95), 1.0)
         return Judgement(calls, steps, quantile(observed, 0.5), quantile(expected, 0.5), tail, chance_ln)
-
-    def _standardised(self, state: KeyState, steps: list[Step], metric: str) -> tuple[Weights, Weights]:
-        """What was seen in known strata, and the same number of calls a stratum as the baseline has them."""
-        seen: dict[str, Histogram] = {}
-        for step in steps:
-            for key, stratum in step.strata.items():
-                if self._known(state, key) and metric in stratum.metrics:
-                    add_all(seen.setdefault(key, {}), stratum.metrics[metric])
-        observed: Weights = {}
-        expected: Weights = {}
-        for key, histogram in sorted(seen.items()):
-            base = state.baseline[key].metrics.get(metric, {})
-            if not base:
-                continue
-            factor = total(histogram) / total(base)
-            for bucket, count in sorted(histogram.items()):
-                observed[bucket] = observed.get(bucket, 0.0) + count
-            for bucket, count in sorted(base.items()):
-                expected[bucket] = expected.get(bucket, 0.0) + count * factor
-        return observed, expected
 
     def _slow(self, state: KeyState, window: Judgement) -> bool:
         if len(state.history) < HISTORY_MIN or window.chance_ln >= math.log(0.05):
@@ -283,7 +232,7 @@ class LatencyTwo(StageTwo):
                 step.learned = True
                 for key, stratum in sorted(step.strata.items()):
                     if key in state.baseline or len(state.baseline) < STRATA_MAX:
-                        _teach(state.baseline.setdefault(key, Stratum()), stratum)
+                        teach(state.baseline.setdefault(key, Stratum()), stratum)
         while state.steps and state.steps[0].index <= index - 2 * STEPS_MAX:
             state.steps.pop(0)
 
@@ -299,7 +248,7 @@ class LatencyTwo(StageTwo):
         span_s = (last.steps[-1].index - before.steps[0].index + 1) * self._step_s
         end_s = (last.steps[-1].index + 1) * self._step_s
         part, part_ms, grown_ms = self._part(state, last.steps)
-        per_token, usual_per_token = self._standardised(state, last.steps, "per_token")
+        per_token, usual_per_token = standardised(state.baseline, last.steps, "per_token")
         top = contributors(tokens, "prompt tokens", CONTRIBUTORS_MAX)
         share = 100 * top[0].amount // max(sum(tokens.values()), 1) if top else 0
         ratio = max(last.ratio, last.tail_ratio)
@@ -345,7 +294,7 @@ class LatencyTwo(StageTwo):
         """Which part of the median call grew most, by how many ms, of how many in all."""
         grown: dict[str, float] = {}
         for metric in ("total", "ttft", "queue"):
-            observed, expected = self._standardised(state, steps, metric)
+            observed, expected = standardised(state.baseline, steps, metric)
             grown[metric] = (quantile(observed, 0.5) - quantile(expected, 0.5)) / 1_000
         parts = {
             "the queue": grown["queue"],
@@ -369,19 +318,6 @@ def _put(cell: Cell, metric: str, value_ms: float) -> None:
         histogram = cell.histograms[metric] = {}
     bucket = bucket_of(int(value_ms * 1_000))
     histogram[bucket] = histogram.get(bucket, 0) + 1
-
-
-def _above(weights: Weights, value: float) -> float:
-    """The weight in buckets that lie wholly above `value`'s bucket."""
-    bucket = bucket_of(int(value))
-    return math.fsum(weight for other, weight in weights.items() if other > bucket)
-
-
-def _teach(base: Stratum, seen: Stratum) -> None:
-    base.absorb(seen)
-    if base.calls > STRATUM_CALLS_MAX:
-        base.calls >>= 1
-        base.metrics = {name: halve(histogram) for name, histogram in base.metrics.items()}
 
 
 def _cold_start(age_s: int) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from collector.event import AuditEvent, GuardResult, timestamp_us
+from collector.event import AuditEvent, Decision, GuardResult, timestamp_us
 from detectors import finding, rollup
 from detectors.catalogue import cards, detectors
 from detectors.config import DetectConfig
@@ -160,11 +160,14 @@ def test_hostile_events_break_nothing(detector: Detector) -> None:
         assert "\n" not in alarm.summary
 
 
+DECISIONS: list[Decision] = ["allow", "block", "shadow", "error"]
+
+
 def _hostile(event: AuditEvent, rng: random.Random) -> AuditEvent:
     pick = rng.choice
     results = [
         GuardResult(guard=pick(["", "g", "g\n", "\x00", "é" * 200]), version="", stage="input", decision=decision)
-        for decision in rng.sample(["allow", "block", "shadow", "error"], rng.randrange(5))
+        for decision in rng.sample(DECISIONS, rng.randrange(5))
     ]
     return msgspec.structs.replace(
         event,
@@ -220,8 +223,8 @@ def test_memory_stays_bounded_under_a_flood_of_made_up_names(detector: Detector)
     print("bytes of state", sizes)
     assert sizes[1] < 2 * sizes[0] + 20_000
     dropped = Counter[str]()
-    for half in (*halves.ones, halves.two):
-        dropped.update({key: value for key, value in half.counters.items() if "evicted" in key or "refused" in key})
+    for counters in (*(one.counters for one in halves.ones), halves.two.counters):
+        dropped.update({key: value for key, value in counters.items() if "evicted" in key or "refused" in key})
     assert dropped.total() > 0
 
 

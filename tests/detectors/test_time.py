@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ class Log:
         """Appends a record of the lane, its `seq` the next one plus `skip`."""
         seq = self.seqs.get(lane, -1) + 1 + skip
         self.seqs[lane] = max(seq, self.seqs.get(lane, -1))
-        fields: dict[str, object] = {}
+        fields: dict[str, Any] = {}
         if kind is AuditEvent:
             fields = {"tenant": "acme", "session_id": "", "user_id": "u_1", "prompt_hash": "", "model_version": "m"}
             fields |= {

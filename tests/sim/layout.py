@@ -8,6 +8,7 @@ import random
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -90,7 +91,7 @@ def _lane(part: list[AuditEvent], name: str, begin_us: int, end_us: int, layout:
     return records
 
 
-def _common(name: str, seq: int, moment_us: int) -> dict[str, object]:
+def _common(name: str, seq: int, moment_us: int) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "event_id": f"{name}-{seq}",

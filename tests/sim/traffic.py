@@ -9,7 +9,7 @@ import random
 import struct
 from dataclasses import dataclass, field
 
-from collector.event import SCHEMA_VERSION, AuditEvent, GuardResult, Status, from_timestamp_us
+from collector.event import SCHEMA_VERSION, AuditEvent, Decision, GuardResult, Status, from_timestamp_us
 
 START_US = 1_800_000_000 * 1_000_000
 MODEL = "tiny@0123abc"
@@ -63,7 +63,7 @@ class Traffic:
         ttft_ms = queue_ms + (8 + 0.05 * prompt_tokens) * self.rng.lognormvariate(0, 0.25) * slow
         per_token_ms = 4 * self.rng.lognormvariate(0, 0.15) * slow
         name = f"u_{hashlib.blake2b(str(user).encode(), digest_size=16).hexdigest()}"
-        decision = "block" if blocked else "allow"
+        decision: Decision = "block" if blocked else "allow"
         guard = GuardResult(guard="injection", version="1", stage="input", decision=decision, score=0.5)
         pattern = GuardResult(guard="secrets", version="1", stage="input", decision="allow")
         self.events.append(
