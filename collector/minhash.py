@@ -42,7 +42,8 @@ class MinHash:
         shingles = self._shingles(normal)
         if len(shingles) <= _BLOCK:
             table: NDArray[np.uint32] = self._multipliers[:, None] * shingles[None, :]
-            return np.min(table, axis=1)
+            lowest: NDArray[np.uint32] = np.min(table, axis=1)
+            return lowest
         # The same, place by place: the whole table would not fit the processor's cache.
         hashed = np.empty_like(shingles)
         least = np.empty(MINHASH_PLACES, dtype=np.uint32)
@@ -62,7 +63,8 @@ class MinHash:
         mixed ^= mixed >> np.uint64(32)
         mixed *= np.uint64(0xD6E8FEB86659FD93)  # any odd number with its bits well spread
         mixed ^= mixed >> np.uint64(32)
-        return mixed.astype(np.uint32)
+        low: NDArray[np.uint32] = mixed.astype(np.uint32)
+        return low
 
     def encode(self, text: str) -> str:
         """The signature as events carry it; empty for an empty text."""
