@@ -4,8 +4,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 UV := .venv-uv/bin/uv
 SYNC := $(UV) pip sync --quiet --require-hashes
-# Where two wheels give the same file, copying is the one mode every file system allows.
-export UV_LINK_MODE ?= copy
 export PYTHONUNBUFFERED := 1
 
 .PHONY: install engine demo test lint format bench soak requirements clean help

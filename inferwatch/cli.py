@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ app.add_typer(dashboards_app, name="dashboards")
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="The configuration file.", envvar="INFERWATCH_CONFIG")
 ]
+MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -121,6 +123,25 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     from inferwatch.roles import print_status  # noqa: PLC0415
 
     raise typer.Exit(asyncio.run(print_status(load(config), as_json=as_json)))
+
+
+@app.command()
+def backtest(
+    detector: Annotated[str, typer.Option(help="Only findings of this detector.")] = "",
+    tenant: Annotated[str, typer.Option(help="Only findings of this tenant.")] = "",
+    begin: Annotated[
+        datetime | None, typer.Option("--from", help="Only revisions since, UTC.", formats=MOMENTS)
+    ] = None,
+    end: Annotated[datetime | None, typer.Option("--to", help="Only revisions until, UTC.", formats=MOMENTS)] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Judge the events on Kafka again and print the same findings, one JSON object a line.
+
+    Example: inferwatch backtest --detector probing --from 2026-01-31T10:00:00Z --to 2026-01-31T11:00:00Z
+    """
+    from inferwatch.roles import print_backtest  # noqa: PLC0415
+
+    asyncio.run(print_backtest(load(config), detector=detector, tenant=tenant, begin=begin, end=end))
 
 
 @config_app.command("check")

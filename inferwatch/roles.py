@@ -4,21 +4,26 @@ Here the rooms meet: the store process is ingest (streams), the read-only face (
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 
 import orjson
 import structlog
 from rich.console import Console
 from rich.table import Table
 
+from collector.event import timestamp_us
 from collector.kafka import wait_for_broker
 from dashboards.view import make_view, serve_view
+from detectors.finding import encode
 from inferwatch.config import Config
 from inferwatch.processes import write_run_file
 from sinks.clickhouse.clients import folder_of
 from sinks.clickhouse.face import Face
 from sinks.clickhouse.store import Store, open_store
+from streams.backtest import backtest
 from streams.deliver import run_deliver as deliver_findings
 from streams.health import Health
 from streams.ingest import Ingest
@@ -95,6 +100,19 @@ async def _serve_store(config: Config, store: Store, stop: asyncio.Event) -> Non
         stopping.cancel()
         ingest.stop()
         await running
+
+
+async def print_backtest(
+    config: Config, *, detector: str, tenant: str, begin: datetime | None, end: datetime | None
+) -> None:
+    """The revisions that match, as the stages wrote them: byte for byte, one a line."""
+    begin_us = timestamp_us(begin.replace(tzinfo=UTC)) if begin else 0
+    end_us = timestamp_us(end.replace(tzinfo=UTC)) if end else None
+    async for finding in backtest(config.kafka, config.detect, timeout_s=config.streams.broker_timeout_s):
+        asked = detector in ("", finding.detector) and tenant in ("", finding.tenant)
+        if asked and begin_us <= finding.updated_us and (end_us is None or finding.updated_us <= end_us):
+            sys.stdout.buffer.write(encode(finding) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 async def print_status(config: Config, *, as_json: bool) -> int:
