@@ -1,5 +1,6 @@
 """The backtest on a real broker: what a finding says it can be replayed with, replays it."""
 
+import asyncio
 import os
 import shlex
 import subprocess
@@ -35,7 +36,8 @@ async def test_the_log_gives_the_same_findings_again(kafka_config: KafkaConfig, 
         "INFERWATCH_KAFKA__BOOTSTRAP_SERVERS": kafka_config.bootstrap_servers,
         "INFERWATCH_KAFKA__TOPIC_PREFIX": kafka_config.topic_prefix,
     }
-    answer = subprocess.run(
+    answer = await asyncio.to_thread(
+        subprocess.run,
         [sys.executable, "-m", "inferwatch.cli", *arguments],
         cwd=tmp_path,
         env=environment,
