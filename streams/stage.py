@@ -95,6 +95,8 @@ class StageWorker:
     def __init__(self, stage: Stage, kafka: KafkaConfig, streams: StreamsConfig, data_dir: Path) -> None:
         self.stage, self._kafka, self._streams = stage, kafka, streams
         self._owned: dict[int, Owned] = {}
+        self._recovering = (0, 0.0)
+        """(changelog records that the recovery under way misses, since when)."""
         self._restored = False
         """Whether every partition of ours has its state, which may be none at all where workers outnumber them."""
         self._lock = asyncio.Lock()
@@ -147,6 +149,11 @@ class StageWorker:
             log.warning("Faust did not stop in time", role=self.stage.role, timeout_s=STOP_TIMEOUT_S)
         outputs = (self._source, self._target, self._changelog, self._letters)
         await asyncio.gather(*(output.close() for output in outputs))
+
+    @property
+    def failed(self) -> bool:
+        """Whether `run` is about to raise."""
+        return self._failure.done()
 
     def _fail(self, error: BaseException | None) -> None:
         if not self._failure.done():
@@ -289,10 +296,20 @@ class StageWorker:
             if self.app.crashed:
                 raise StageFailed(f"Faust stopped: {self.app.crash_reason!r}") from self.app.crash_reason
             now_s = time.monotonic()
+            await self._watch_recovery(now_s)
             async with self._lock:
                 await self._store({p: owned for p, owned in self._owned.items() if owned.due_s <= now_s})
             for partition, owned in list(self._owned.items()):
                 await self._watch(partition, owned, time.monotonic())
+
+    async def _watch_recovery(self, now_s: float) -> None:
+        missing = self._consumer.recovery_misses() if self.app.in_recovery else 0
+        if missing == 0 or missing != self._recovering[0]:
+            self._recovering = (missing, now_s)
+        elif now_s - self._recovering[1] > SILENT_S:
+            self._recovering = (missing, now_s)
+            self._totals["rewinds"] += await self._consumer.mend_recovery()
+            log.warning("recovery made no progress, reading again", role=self.stage.role, missing=missing)
 
     async def _watch(self, partition: int, owned: Owned, now_s: float) -> None:
         end = self._consumer.end_offset(partition)

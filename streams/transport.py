@@ -52,6 +52,10 @@ PRIVATE_SURFACE: Final = (
     ("faust.transport.consumer:Consumer", "_read_offset"),
     ("faust.transport.consumer:Consumer", "_filter_committable_offsets"),
     ("faust.transport.consumer:Consumer", "_should_commit"),
+    ("faust.tables.manager:TableManager", "recovery"),
+    ("faust.tables.recovery:Recovery", "active_offsets"),
+    ("faust.tables.recovery:Recovery", "active_remaining"),
+    ("faust.tables.recovery:Recovery", "active_remaining_total"),
 )
 
 
@@ -128,15 +132,15 @@ class BatchScheduler(DefaultSchedulingStrategy):
 class _ReadOffsets(defaultdict[TP, int | None]):
     """Faust drops what it believes it has read, by an offset that it may write after a seek rewound it.
 
-    For the batch topic that filter is switched off (None: deliver); the Sequencer alone judges what was applied.
+    That filter is switched off (None: deliver). Of the batch topic the Sequencer alone judges what was applied, and of
+    a changelog Faust's recovery itself passes over what it has seen.
     """
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self) -> None:
         super().__init__(lambda: None)
-        self._topic = topic
 
     def __getitem__(self, tp: TP) -> int | None:
-        return None if tp.topic == self._topic else super().__getitem__(tp)
+        return None
 
 
 class Sequencer:
@@ -243,7 +247,7 @@ class BatchConsumer(driver.Consumer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._read_offset = _ReadOffsets(self.app.batch_topic)
+        self._read_offset = _ReadOffsets()
         self.scheduler = BatchScheduler(self.app.batch_topic, self.app.streams.batch_records_max)
 
     def _new_consumer_thread(self) -> _ConsumerThread:
@@ -276,14 +280,39 @@ class BatchConsumer(driver.Consumer):
 
     async def rewind(self, partition: int, offset: int) -> None:
         """Read the partition from `offset` on. Does nothing where it was just lost to another worker."""
+        await self._seek_quietly(TopicPartition(self.app.batch_topic, partition), offset)
+
+    async def _seek_quietly(self, tp: TopicPartition, offset: int) -> None:
         try:
-            await self.seek_wait({TopicPartition(self.app.batch_topic, partition): offset})
+            await self.seek_wait({tp: offset})
         except IllegalStateError:
-            log.info("partition is no longer ours", topic=self.app.batch_topic, partition=partition)
+            log.info("partition is no longer ours", topic=tp.topic, partition=tp.partition)
         except (KafkaError, TimeoutError) as error:
-            log.warning(
-                "seek not confirmed", topic=self.app.batch_topic, partition=partition, error=type(error).__name__
-            )
+            log.warning("seek not confirmed", topic=tp.topic, partition=tp.partition, error=type(error).__name__)
+
+    async def mend_recovery(self) -> int:
+        """Reads changelogs again from where a recovery that makes no progress stands; how many it was.
+
+        The same fetch path may drop a chunk of a changelog, and then Faust waits for it for ever. Call it only after a
+        while without progress: reading again is harmless, but costs a fetch.
+        """
+        recovery = self._recovery
+        offsets = recovery.active_offsets
+        behind = {tp: max(offsets[tp] + 1, 0) for tp, missing in recovery.active_remaining().items() if missing > 0}
+        behind = {tp: offset for tp, offset in behind.items() if tp in self.assignment()}
+        self.resume_partitions(behind)
+        for tp, offset in behind.items():
+            await self._seek_quietly(tp, offset)
+        return len(behind)
+
+    def recovery_misses(self) -> int:
+        """How many changelog records the recovery under way still misses."""
+        return int(self._recovery.active_remaining_total())
+
+    @property
+    def _recovery(self) -> Any:
+        tables: Any = self.app.tables
+        return tables.recovery
 
     async def bounds(self, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
         """Partition → (earliest offset there, offset of the next record to come)."""
