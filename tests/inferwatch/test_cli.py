@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from inferwatch.cli import app
 
 COMMANDS = (
-    ("broker",), ("serve",), ("detect",), ("deliver",), ("store",), ("up",), ("demo",), ("status",), ("version",), ("backtest",),
+    ("broker",), ("serve",), ("detect",), ("deliver",), ("store",), ("up",), ("demo",), ("status",), ("version",),
+    ("backtest",),
     ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("dashboards", "export"),
 )  # fmt: skip
 
