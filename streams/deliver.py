@@ -48,6 +48,7 @@ class Outlet:
         self._kafka, self._streams, self._letters = kafka, streams, letters
         self._consumer: AIOKafkaConsumer | None = None
         self._done: dict[TopicPartition, int] = {}
+        self._fetched = False
         self._sources: dict[tuple[str, int], ConsumerRecord] = {}
         """Where the findings being delivered came from."""
 
@@ -73,9 +74,10 @@ class Outlet:
         )
         try:
             await consumer.start()
-            self._consumer, self._done = consumer, {}
+            self._consumer, self._done, self._fetched = consumer, {}, False
             while True:
                 fetched = await consumer.getmany(timeout_ms=1000, max_records=self._streams.deliver_records_max)
+                self._fetched = True
                 for tp in consumer.assignment() - self._done.keys():
                     self._done[tp] = await consumer.committed(tp) or 0
                 for tp, records in fetched.items():
@@ -105,9 +107,13 @@ class Outlet:
         source = self._sources[finding.uid, finding.revision]
         await self._letters.put([(source, f"sink {self.name}: {reason}")])
 
-    def lag(self) -> int | None:
-        """Findings on the topic and not delivered yet; None while that is not known."""
+    def lag(self) -> int:
+        """Findings on the topic and not delivered yet, of the partitions fetched from so far."""
         return lag_of(self._consumer, self._done)
+
+    def started(self) -> bool:
+        """Whether the group was joined and a fetch came back."""
+        return self._consumer is not None and self._fetched
 
 
 class Deliver:
@@ -146,20 +152,20 @@ class Deliver:
         totals: dict[str, int] = {}
         levels: dict[str, float] = {}
         troubles = []
-        lags: dict[str, int | None] = {}
+        started = all(outlet.started() for outlet in self._outlets)
         for outlet in self._outlets:
-            lag = lags[outlet.name] = outlet.lag()
+            lag = outlet.lag()
             totals |= {f"{outlet.name}_{name}": total for name, total in outlet.delivery.totals.items()}
             levels |= {f"{outlet.name}_{name}": level for name, level in outlet.delivery.levels.items()}
-            levels[f"{outlet.name}_behind"] = float(lag or 0)
+            levels[f"{outlet.name}_behind"] = float(lag)
             if outlet.delivery.why:
                 troubles.append(f"{outlet.name}: {outlet.delivery.why}")
-            elif lag is not None and lag >= self._streams.lag_records_slow:
+            elif lag >= self._streams.lag_records_slow:
                 troubles.append(f"{outlet.name} is slow: {lag} findings behind")
         return Reading(
-            ready=None not in lags.values(),
-            why="; ".join(troubles) or ("starting" if None in lags.values() else ""),
-            lag=sum(lag or 0 for lag in lags.values()),
+            ready=started,
+            why="; ".join(troubles) or ("" if started else "starting"),
+            lag=sum(outlet.lag() for outlet in self._outlets),
             drops=self._letters.count,
             totals=totals,
             levels=levels,

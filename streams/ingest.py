@@ -27,7 +27,7 @@ from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
 from streams.health import Reading
 from streams.progress import Intent, Progress, Saved
-from streams.storing import Copying, EventStore, Insertions, commit, lag_of, token_of
+from streams.storing import Copying, EventStore, Insertions, commit, fetched_all, lag_of, token_of
 
 log = structlog.get_logger(__name__)
 
@@ -175,12 +175,11 @@ class Ingest:
         late, unreadable = counters.pop("late", 0), counters.pop("unreadable", 0)
         done = {tp: intake.next for tp, intake in self._intakes.items()}
         least = min(watermarks, default=NEVER)
-        lags = [lag_of(self._consumer, done), self._copying.lag()]
-        started = None not in lags
+        started = fetched_all(self._consumer) and self._copying.started()
         return Reading(
             ready=started and not self._insertions.why,
             why=self._insertions.why or ("" if started else "starting"),
-            lag=sum(lag or 0 for lag in lags),
+            lag=lag_of(self._consumer, done) + self._copying.lag(),
             watermark_us=None if least == NEVER else least,
             late=late,
             drops=unreadable + self._letters.count,

@@ -146,9 +146,13 @@ class Copying:
         finally:
             await consumer.stop()
 
-    def lag(self) -> int | None:
-        """Records appended and not copied yet; None while that is not known."""
+    def lag(self) -> int:
+        """Records appended and not copied yet."""
         return lag_of(self._consumer, self._done)
+
+    def started(self) -> bool:
+        """Whether the lag is known."""
+        return fetched_all(self._consumer)
 
     async def _copy(self, tp: TopicPartition, records: Sequence[ConsumerRecord]) -> None:
         parse, insert = self._kinds[tp.topic]
@@ -167,17 +171,15 @@ class Copying:
             self.copied += len(usable)
 
 
-def lag_of(consumer: AIOKafkaConsumer | None, done: Mapping[TopicPartition, int]) -> int | None:
-    """Records appended and not handled yet, as the last fetches said; None before a fetch of every partition.
+def lag_of(consumer: AIOKafkaConsumer | None, done: Mapping[TopicPartition, int]) -> int:
+    """Records appended and not handled yet, of the partitions fetched from so far.
 
     `done` holds the next offset to handle of each partition.
     """
-    if consumer is None:
-        return None
-    lag = 0
-    for tp in consumer.assignment():
-        end = consumer.highwater(tp)
-        if end is None:
-            return None
-        lag += max(end - done.get(tp, 0), 0)
-    return lag
+    ends = ((tp, consumer.highwater(tp)) for tp in consumer.assignment()) if consumer is not None else ()
+    return sum(max(end - done.get(tp, 0), 0) for tp, end in ends if end is not None)
+
+
+def fetched_all(consumer: AIOKafkaConsumer | None) -> bool:
+    """Whether every partition was fetched from at least once, so that the lag is known."""
+    return consumer is not None and all(consumer.highwater(tp) is not None for tp in consumer.assignment())

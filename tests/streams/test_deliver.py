@@ -107,7 +107,7 @@ async def test_a_dead_sink_harms_no_other(kafka_config: KafkaConfig) -> None:
     reading = deliver.reading()
     assert reading.ready
     assert reading.why.startswith("dead: ConnectionRefusedError: nobody there")
-    assert (dead.had, reading.levels["dead_behind"], reading.totals["good_delivered"]) == ([], 6, 5)
+    assert (dead.had, reading.levels["dead_behind"], reading.totals["good_delivered"]) == ([], 6, 5), reading
     away[0] = False
     await _until(lambda: dead.had == all_of_them)
     await _until(lambda: deliver.reading().lag == 0)

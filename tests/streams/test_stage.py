@@ -73,10 +73,9 @@ async def test_a_fetch_path_that_loses_chunks_is_mended(
     monkeypatch.setattr(AIOKafkaConsumerThread, "getmany", lossy)
     async with _worker(kafka_config, tmp_path) as worker:
         await _until(_done(worker), "the rest, in spite of the losses")
-        applied = worker.settled()
+        await _until(lambda: sum(worker.settled().values()) == len(records), "all is stored")
     assert len(lost) == 6
     assert len(set(lost)) == 2
-    assert sum(applied.values()) == len(records)
     wanted, found = await traffic.caught_up(kafka_config, timeout_s=0)
     assert found.rollups == wanted.rollups
     assert found.rollups
