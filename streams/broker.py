@@ -181,7 +181,7 @@ class Broker:
             picked = self.port == 0
             port = _free_port() if picked else _check_port(self.port)
             self.port = port
-            settings = self._write_settings(self._dir / "data", _free_port())
+            settings = self._write_settings(self._dir / "data", _free_port(other_than=port))
             options = [f"-Xmx{self.settings.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
             options += ["-XX:TieredStopAtLevel=1"] if self.settings.quick_start else []
             options += [f"-Djava.util.logging.config.file={self._write_logging()}"]
@@ -313,10 +313,14 @@ log.cleaner.dedupe.buffer.size=16777216
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def _free_port(other_than: int = 0) -> int:
+    """A port that nobody has now; the system may give the same one twice in a row."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = int(probe.getsockname()[1])
+        if port != other_than:
+            return port
 
 
 def _check_port(port: int) -> int:
