@@ -107,7 +107,7 @@ def in_flight(process: Process, done: set[str]) -> set[str]:
 
     def ask() -> None:
         with process.client() as client, suppress(httpx.HTTPError):
-            # More choices than the engine has seats for: none is through before the kill, on a fast machine or a slow one.
+            # More choices than the engine has seats for: none is through before the kill, however fast it is.
             client.post("/v1/chat/completions", json={**stream(1900), "n": 8})
 
     for _ in range(IN_FLIGHT):
