@@ -58,6 +58,7 @@ __all__ = [
     "make_consumer",
     "make_producer",
     "partition_for",
+    "read_topic",
     "topic_specs",
     "wait_for_broker",
 ]
@@ -246,6 +247,26 @@ def make_consumer(config: KafkaConfig, *topics: str, group_id: str | None, **opt
     """A consumer that starts at the earliest record and never commits by itself."""
     settings: dict[str, Any] = {"group_id": group_id, "auto_offset_reset": "earliest", "enable_auto_commit": False}
     return AIOKafkaConsumer(*topics, **(client_options(config) | settings | options))
+
+
+async def read_topic(config: KafkaConfig, name: TopicName) -> AsyncIterator[ConsumerRecord]:
+    """Every record that is on a topic now, in order per partition; ends at the offsets seen when it began.
+
+    Outside of any consumer group. The topic must exist. Memory: one fetch. Raises KafkaError.
+    """
+    consumer = make_consumer(config, group_id=None)
+    await consumer.start()
+    try:
+        places = [TopicPartition(config.topic(name), partition) for partition in range(config.count(name))]
+        ends = await consumer.end_offsets(places)
+        consumer.assign(places)
+        await consumer.seek_to_beginning(*places)
+        while any([await consumer.position(place) < ends[place] for place in places]):
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                for record in records:
+                    yield record
+    finally:
+        await consumer.stop()
 
 
 @lru_cache(maxsize=16_384)

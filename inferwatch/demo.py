@@ -5,6 +5,7 @@ random model; or, without vLLM, a seeded day of events. Nothing is planted: the 
 """
 
 import asyncio
+import secrets
 import shutil
 import signal
 import tempfile
@@ -21,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from collector.event import AuditEvent, decode, encode
-from collector.kafka import BatchWriter, KafkaConfig, TopicPartition, ensure_topics, make_consumer, make_producer
-from inferwatch import demo_setup, replay
+from collector.kafka import BatchWriter, KafkaConfig, ensure_topics, make_producer, read_topic
+from inferwatch import demo_setup, leaks, replay
 from inferwatch.config import Config, load
 from inferwatch.processes import Child, ProcessDied, Supervisor
 from inferwatch.receiver import Receiver
@@ -33,6 +34,10 @@ DETECTORS: Final = ("block_rate", "probing", "latency", "token_length")
 CALM_S: Final = 60.0
 ENGINE_START_S: Final = 300.0
 SETTLE_S: Final = 45.0
+
+
+class Leaked(RuntimeError):
+    """Something that a client sent was found where only hashes may be."""
 
 
 class Demo:
@@ -46,6 +51,7 @@ class Demo:
         self.supervisor = Supervisor([])
         self.began_s = time.monotonic()
         self.http_requests = 0
+        self.canary = f"canary{secrets.token_hex(6)}"
 
     def say(self, what: str) -> None:
         """One line of progress, with the seconds since the start."""
@@ -85,7 +91,11 @@ class Demo:
     async def drive(self) -> None:
         """Sends the staged traffic to the engine."""
         traffic = Traffic(
-            f"http://127.0.0.1:{self.setup.engine_port}/v1", self.setup.api_key, demo_setup.MODEL, seed=self.seed
+            f"http://127.0.0.1:{self.setup.engine_port}/v1",
+            self.setup.api_key,
+            demo_setup.MODEL,
+            seed=self.seed,
+            canary=self.canary,
         )
         stages: tuple[tuple[str, Callable[[], Awaitable[None]]], ...] = (
             ("a calm background: 30 people chat, complete and stream", lambda: traffic.calm(CALM_S)),
@@ -123,8 +133,8 @@ class Demo:
             await producer.stop()
         self.say(f"{self.http_requests} events published")
 
-    async def settle(self) -> tuple[dict[str, tuple[str, str]], int]:
-        """Waits until all that was published is stored and each detector has spoken; returns (published, stored).
+    async def settle(self) -> tuple[dict[str, str], int]:
+        """Waits until all that was published is stored and each detector has spoken; returns (published, missing).
 
         Gives up after `SETTLE_S`: the count at the end then says what is missing.
         """
@@ -136,6 +146,19 @@ class Demo:
             if (not missing and set(DETECTORS) <= self.findings().keys()) or time.monotonic() > end_s:
                 return published, len(missing)
             await asyncio.sleep(1)
+
+    async def search(self) -> None:
+        """Looks for the canary that was sent as prompt, user and session. Raises `Leaked` where it is found."""
+        places = await leaks.find(
+            self.canary,
+            self.config.kafka,
+            self.setup.folder,
+            face_url=f"http://127.0.0.1:{self.setup.face_port}",
+            view_url=f"http://127.0.0.1:{self.setup.view_port}",
+        )
+        if places:
+            raise Leaked(f"text that a client sent was found in {', '.join(places)}")
+        self.say("a canary sent as prompt, user and session is in no topic, table, page, log or journal")
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """Asks the store over its read-only HTTP face."""
@@ -168,26 +191,10 @@ async def _topics(kafka: KafkaConfig) -> None:
     await ensure_topics(kafka)
 
 
-async def read_events(kafka: KafkaConfig) -> dict[str, tuple[str, str]]:
-    """event_id → (http_request_id, kind) of every request's event on the topic, read independently of the pipe."""
-    consumer = make_consumer(kafka, group_id=None)
-    await consumer.start()
-    try:
-        topic = kafka.topic("events")
-        partitions = [TopicPartition(topic, number) for number in range(kafka.count("events"))]
-        ends = await consumer.end_offsets(partitions)
-        consumer.assign(partitions)
-        await consumer.seek_to_beginning(*partitions)
-        found: dict[str, tuple[str, str]] = {}
-        while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
-            for records in (await consumer.getmany(timeout_ms=500)).values():
-                for record in records:
-                    event = decode(record.value)
-                    if isinstance(event, AuditEvent):
-                        found[event.event_id] = (event.http_request_id, type(event).__name__)
-        return found
-    finally:
-        await consumer.stop()
+async def read_events(kafka: KafkaConfig) -> dict[str, str]:
+    """event_id → http_request_id of every request's event on the topic, read independently of the pipe."""
+    events = [decode(record.value) async for record in read_topic(kafka, "events")]
+    return {event.event_id: event.http_request_id for event in events if isinstance(event, AuditEvent)}
 
 
 def run_demo(*, once: bool, as_json: bool, engine: str, seed: int, port: int) -> int:
@@ -220,7 +227,7 @@ def run_demo(*, once: bool, as_json: bool, engine: str, seed: int, port: int) ->
             sound = report["unaccounted"] == 0 and set(DETECTORS) <= report["findings"].keys()
             if not once:
                 _stay(demo)
-        except (ProcessDied, TimeoutError) as error:
+        except (ProcessDied, TimeoutError, Leaked) as error:
             console.print(f"[red]{error}[/red]")
             report = {}
         finally:
@@ -238,14 +245,15 @@ async def _run(demo: Demo, receiver: Receiver, *, with_engine: bool) -> dict[str
     """Traffic, then the count: each HTTP request needs an event, each event on the topic a row in the store."""
     await (demo.drive() if with_engine else demo.play())
     published, missing = await demo.settle()
-    requests_seen = len({http_request_id for http_request_id, _ in published.values()})
-    unaccounted = missing + max(0, demo.http_requests - requests_seen)
+    unaccounted = missing + max(0, demo.http_requests - len(set(published.values())))
     findings = demo.findings()
     for _ in range(50):
         if receiver.delivered >= findings.total():
             break
         await asyncio.sleep(0.1)
     demo.show_findings()
+    if with_engine:
+        await demo.search()
     report = {
         "events_published": len(published),
         "events_stored": len(demo.stored()),

@@ -57,7 +57,11 @@ class Sent:
 class Traffic:
     """Drives one server with seeded traffic. At most `in_flight_max` requests wait at any time."""
 
-    def __init__(self, base_url: str, api_key: str, model: str, *, seed: int, in_flight_max: int = 96) -> None:
+    def __init__(
+        self, base_url: str, api_key: str, model: str, *, seed: int, canary: str = "", in_flight_max: int = 96
+    ) -> None:
+        """`canary`: a word that one of the people has in name, session and prompts, to be looked for afterwards."""
+        self._canary = canary
         self._client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=60)
         self._model = model
         self._random = random.Random(seed)  # noqa: S311  # repeatable traffic, no secret
@@ -70,7 +74,7 @@ class Traffic:
 
     async def calm(self, seconds: float, *, per_second: float = 8.0, users: int = 30) -> None:
         """Everyday use: chat, completions and streams by `users` people, 8 to 40 tokens each."""
-        await self._arrivals(seconds, per_second, lambda: self._everyday(f"person-{self._random.randrange(users)}"))
+        await self._arrivals(seconds, per_second, lambda: self._everyday(self._random.randrange(users)))
 
     async def blocked_burst(self, *, users: int = 24, prompts: int = 40, seconds: float = 10) -> None:
         """Many users send attack prompts within seconds, while the background goes on."""
@@ -133,8 +137,9 @@ class Traffic:
         async with self._gate:
             await job
 
-    async def _everyday(self, user: str) -> None:
-        question = self._random.choice(QUESTIONS)
+    async def _everyday(self, number: int) -> None:
+        word = self._canary if number == 0 else ""
+        user, question = f"person-{number}{word}", f"{self._random.choice(QUESTIONS)} {word}".strip()
         tokens = self._random.randrange(8, 40)
         kind = self._random.random()
         if kind < 0.6:

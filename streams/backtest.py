@@ -7,7 +7,7 @@ has taken the beginning, baselines start later than the deployed ones did, and f
 
 from collections.abc import AsyncIterator
 
-from collector.kafka import KafkaConfig, TopicPartition, ensure_topics, make_consumer, wait_for_broker
+from collector.kafka import KafkaConfig, ensure_topics, read_topic, wait_for_broker
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine, TenantEngine
 from detectors.finding import Finding
@@ -26,23 +26,12 @@ async def backtest(kafka: KafkaConfig, detect: DetectConfig, *, timeout_s: float
     engines = [PartitionEngine(detect, topic=topic, partition=p, partitions=partitions) for p in range(partitions)]
     shards = [EventShard(engine, rollup_partitions=1) for engine in engines]
     merged = TenantEngine(detect, partition=0, partitions=partitions)
-    consumer = make_consumer(kafka, group_id=None)
-    await consumer.start()
-    try:
-        places = [TopicPartition(topic, partition) for partition in range(partitions)]
-        ends = await consumer.end_offsets(places)
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for place, records in (await consumer.getmany(timeout_ms=500)).items():
-                for record in records:
-                    try:
-                        shards[place.partition].observe(record)
-                    except Unusable:
-                        continue  # its dead letter was written when stage 1 met it
-                for rollup in engines[place.partition].take():
-                    merged.observe(rollup)
-            for finding in merged.take():
-                yield finding
-    finally:
-        await consumer.stop()
+    async for record in read_topic(kafka, "events"):
+        try:
+            shards[record.partition].observe(record)
+        except Unusable:
+            continue  # its dead letter was written when stage 1 met it
+        for rollup in engines[record.partition].take():
+            merged.observe(rollup)
+        for finding in merged.take():
+            yield finding

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final
 
-from collector.kafka import ConsumerRecord, KafkaConfig, TopicPartition, ensure_topics, make_consumer, wait_for_broker
+from collector.kafka import KafkaConfig, ensure_topics, read_topic, wait_for_broker
 from streams.deadletter import Unusable
 from streams.storing import status_of
 
@@ -19,18 +19,13 @@ async def read_status(kafka: KafkaConfig, *, timeout_s: float = 10.0) -> list[di
     """
     await wait_for_broker(kafka, timeout_s)
     await ensure_topics(kafka)
-    consumer = make_consumer(kafka, group_id=None)
-    await consumer.start()
     newest: dict[str, tuple[Mapping[str, object], int]] = {}
-    try:
-        tps = [TopicPartition(kafka.topic("status"), partition) for partition in range(kafka.count("status"))]
-        consumer.assign(tps)
-        ends = await consumer.end_offsets(tps)
-        while any([await consumer.position(tp) < ends[tp] for tp in tps]):
-            for records in (await consumer.getmany(timeout_ms=500)).values():
-                _keep(newest, records)
-    finally:
-        await consumer.stop()
+    async for record in read_topic(kafka, "status"):
+        try:
+            status = status_of(record.value or b"")
+        except Unusable:
+            continue  # somebody else's record is not this reader's trouble
+        newest[str(status["process_id"])] = (status, record.timestamp)
     now_ms = datetime.now(UTC).timestamp() * 1000
     return [
         {**record, "age_s": round(max(now_ms - at_ms, 0) / 1000, 1), "silent": now_ms - at_ms > SILENT_S * 1000}
@@ -39,12 +34,3 @@ async def read_status(kafka: KafkaConfig, *, timeout_s: float = 10.0) -> list[di
         )
         if record.get("state") != "stopped"
     ]
-
-
-def _keep(newest: dict[str, tuple[Mapping[str, object], int]], records: list[ConsumerRecord]) -> None:
-    for record in records:
-        try:
-            status = status_of(record.value or b"")
-        except Unusable:
-            continue  # somebody else's record is not this reader's trouble
-        newest[str(status["process_id"])] = (status, record.timestamp)
