@@ -5,6 +5,7 @@ random model; or, without vLLM, a seeded day of events. Nothing is planted: the 
 """
 
 import asyncio
+import re
 import secrets
 import shutil
 import signal
@@ -31,6 +32,7 @@ from inferwatch.traffic import Traffic
 from inferwatch.up import BROKER_START_S, ROLE_START_S, analysis_children, broker_child
 
 DETECTORS: Final = ("block_rate", "probing", "latency", "token_length")
+PSEUDONYM: Final = re.compile(r"\b([usak]_[0-9a-f]{6})[0-9a-f…]+")
 CALM_S: Final = 60.0
 ENGINE_START_S: Final = 300.0
 SETTLE_S: Final = 45.0
@@ -183,7 +185,7 @@ class Demo:
         for row in self.rows(
             "SELECT severity, detector, state, summary FROM findings_now ORDER BY first_seen, detector"
         ):
-            table.add_row(row["severity"], row["detector"], row["state"], row["summary"])
+            table.add_row(row["severity"], row["detector"], row["state"], PSEUDONYM.sub(r"\1…", row["summary"]))
         self.console.print(table)
 
 
