@@ -18,13 +18,14 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
-from collector.kafka import ConsumerRecord, KafkaConfig, KafkaError, changelog_spec, ensure_topics
+from collector.kafka import ConsumerRecord, KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters, Unusable
-from streams.health import Reading
+from streams.health import Health, Reading
 from streams.output import Outgoing, Output
+from streams.process import run_until_stopped
 from streams.state import State, pack, unpack
-from streams.transport import Batch, BatchApp, BatchConsumer, Sequencer
+from streams.transport import Batch, BatchApp, BatchConsumer, Sequencer, check_versions
 
 log = structlog.get_logger(__name__)
 
@@ -350,3 +351,31 @@ class StageWorker:
                 **{f"engine_{name.replace('.', '_')}": float(v) for name, v in counters.items()},
             },
         )
+
+
+def run_stage(
+    make: Callable[[Mapping[str, int]], Stage],
+    kafka: KafkaConfig,
+    streams: StreamsConfig,
+    *,
+    data_dir: Path,
+    config_digest: str,
+    on_serving: Callable[[str], None] | None,
+) -> None:
+    """Runs one worker of the stage that `make` gives for the partition counts by topic, until SIGTERM or SIGINT.
+
+    `on_serving` is given the address of its health pages. Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed
+    or OSError, each with one sentence.
+    """
+
+    async def main(stop: asyncio.Event) -> None:
+        check_versions()
+        await wait_for_broker(kafka, streams.broker_timeout_s)
+        stage = make(await ensure_topics(kafka))
+        worker = StageWorker(stage, kafka, streams, data_dir)
+        async with Health(stage.role, kafka, streams, worker.reading, config_digest=config_digest) as health:
+            if on_serving is not None:
+                on_serving(health.url)
+            await worker.run(stop)
+
+    run_until_stopped(main)

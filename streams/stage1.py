@@ -4,14 +4,13 @@ Delivery: every second's rollups reach iw.rollups at least once, with the same b
 iw.rollups, all partials of a second come before the marker that closes it.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, BadEvent, Tick, decode, encode, uuid7
-from collector.kafka import ConsumerRecord, KafkaConfig, ensure_topics, partition_for, wait_for_broker
+from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine
 from detectors.rollup import Marker
@@ -19,11 +18,9 @@ from detectors.rollup import encode as encode_rollup
 from detectors.time import NEVER
 from streams.config import StreamsConfig
 from streams.deadletter import Unusable
-from streams.health import Health, process_id
+from streams.health import process_id
 from streams.output import Outgoing
-from streams.process import run_until_stopped
-from streams.stage import Stage, StageWorker
-from streams.transport import check_versions
+from streams.stage import Stage, run_stage
 
 ROLE: Final = "stage1"
 
@@ -125,15 +122,7 @@ def run_stage1(
     Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed or OSError, each with one sentence.
     """
 
-    async def main(stop: asyncio.Event) -> None:
-        check_versions()
-        await wait_for_broker(kafka, streams.broker_timeout_s)
-        counts = await ensure_topics(kafka)
-        stage = stage1(kafka, detect, counts[kafka.topic("events")], counts[kafka.topic("rollups")])
-        worker = StageWorker(stage, kafka, streams, data_dir)
-        async with Health(ROLE, kafka, streams, worker.reading, config_digest=config_digest) as health:
-            if on_serving is not None:
-                on_serving(health.url)
-            await worker.run(stop)
+    def make(counts: Mapping[str, int]) -> Stage:
+        return stage1(kafka, detect, counts[kafka.topic("events")], counts[kafka.topic("rollups")])
 
-    run_until_stopped(main)
+    run_stage(make, kafka, streams, data_dir=data_dir, config_digest=config_digest, on_serving=on_serving)

@@ -5,12 +5,11 @@ uid. A partition of iw.events that says nothing holds time back for all tenants:
 finding.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from collector.kafka import ConsumerRecord, KafkaConfig, ensure_topics, partition_for, wait_for_broker
+from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
 from detectors.config import DetectConfig
 from detectors.engine import PartitionMismatch, TenantEngine
 from detectors.finding import encode
@@ -18,11 +17,8 @@ from detectors.rollup import BadRollup, decode
 from detectors.time import SECOND_US
 from streams.config import StreamsConfig
 from streams.deadletter import Unusable
-from streams.health import Health
 from streams.output import Outgoing
-from streams.process import run_until_stopped
-from streams.stage import Stage, StageWorker
-from streams.transport import check_versions
+from streams.stage import Stage, run_stage
 
 ROLE: Final = "stage2"
 
@@ -91,15 +87,8 @@ def run_stage2(
     Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed or OSError, each with one sentence.
     """
 
-    async def main(stop: asyncio.Event) -> None:
-        check_versions()
-        await wait_for_broker(kafka, streams.broker_timeout_s)
-        counts = await ensure_topics(kafka)
+    def make(counts: Mapping[str, int]) -> Stage:
         events, rollups, findings = (counts[kafka.topic(name)] for name in ("events", "rollups", "findings"))
-        worker = StageWorker(stage2(kafka, detect, events, rollups, findings), kafka, streams, data_dir)
-        async with Health(ROLE, kafka, streams, worker.reading, config_digest=config_digest) as health:
-            if on_serving is not None:
-                on_serving(health.url)
-            await worker.run(stop)
+        return stage2(kafka, detect, events, rollups, findings)
 
-    run_until_stopped(main)
+    run_stage(make, kafka, streams, data_dir=data_dir, config_digest=config_digest, on_serving=on_serving)
