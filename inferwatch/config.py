@@ -62,8 +62,15 @@ class Config(BaseSettings):
 
     def digest(self) -> str:
         """Twelve hex digits over all settings: two processes with the same digest run the same configuration."""
-        settings = self.model_dump(mode="json")
-        return hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
+        settings = orjson.dumps(
+            self.model_dump(), default=_plain, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
+        )
+        return hashlib.sha256(settings).hexdigest()[:12]
+
+
+def _plain(value: object) -> object:
+    """Sets in order: the order in which Python walks one differs from process to process."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def load(path: Path | None = None) -> Config:

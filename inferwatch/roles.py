@@ -121,16 +121,12 @@ async def print_status(config: Config, *, as_json: bool) -> int:
     if as_json:
         print(orjson.dumps(records).decode())
     else:
-        table = Table("role", "process", "state", "lag", "watermark", "late", "drops", "version", "config", "last seen")
+        table = Table("role", "state", "lag", "watermark", "late", "drops", "version", "config", "last seen", box=None)
         for record in records:
             state = "silent" if record["silent"] else str(record.get("why") or "ready")
-            cells = (record.get(key, "") for key in ("lag", "watermark", "late", "drops", "version", "config_digest"))
-            table.add_row(
-                str(record["role"]),
-                str(record["process_id"]),
-                state,
-                *(str(cell) for cell in cells),
-                f"{record['age_s']} s ago",
-            )
+            watermark = str(record.get("watermark") or "–").partition("T")[2].partition("+")[0] or "–"
+            cells = (record.get(key, "") for key in ("late", "drops", "version", "config_digest"))
+            told = [str(record["role"]), state, str(record.get("lag", "")), watermark, *(str(cell) for cell in cells)]
+            table.add_row(*told, f"{record['age_s']} s ago")
         Console().print(table if records else "No process has written its health yet.")
     return 0 if records and all(record.get("ready") and not record["silent"] for record in records) else 1

@@ -1,5 +1,8 @@
 """The composed configuration: precedence, and one sentence for each mistake."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -93,6 +96,22 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
 def test_the_digest_tells_configurations_apart(tmp_path: Path) -> None:
     """One changed setting, another digest."""
     assert load(write(tmp_path, "[detect.latency]\nwindow_s = 30\n")).digest() != Config().digest()
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    """Sets among the settings are walked in another order in each process; the digest is not moved by it."""
+    program = "from inferwatch.config import Config; print(Config().digest())"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(1, 5)
+    }
+    assert digests == {f"{Config().digest()}\n"}
 
 
 def test_the_example_is_itself_a_sound_configuration(tmp_path: Path) -> None:
