@@ -142,9 +142,20 @@ def stalled(broker: Any) -> Iterator[None]:
         pytest.skip("the broker is not ours to stop")
     os.kill(broker.pid, signal.SIGSTOP)
     try:
+        # Its many threads stop one after another: until the last has, it may still acknowledge.
+        end_s = time.monotonic() + 10
+        while not all_stopped(broker.pid):
+            assert time.monotonic() < end_s, "the broker did not stop"
+            time.sleep(0.01)
         yield
     finally:
         os.kill(broker.pid, signal.SIGCONT)
+
+
+def all_stopped(pid: int) -> bool:
+    """Whether every thread of a process is in state T (proc(5), the field after the name in parentheses)."""
+    stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def folders(make: Maker) -> list[str]:
