@@ -11,7 +11,6 @@ from collector.kafka import KafkaConfig, ensure_topics, read_topic, wait_for_bro
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine, TenantEngine
 from detectors.finding import Finding
-from streams.deadletter import Unusable
 from streams.stage1 import EventShard
 
 
@@ -27,10 +26,7 @@ async def backtest(kafka: KafkaConfig, detect: DetectConfig, *, timeout_s: float
     shards = [EventShard(engine, rollup_partitions=1) for engine in engines]
     merged = TenantEngine(detect, partition=0, partitions=partitions)
     async for record in read_topic(kafka, "events"):
-        try:
-            shards[record.partition].observe(record)
-        except Unusable:
-            continue  # its dead letter was written when stage 1 met it
+        shards[record.partition].observe([record])  # what it refuses has its dead letter since stage 1 met it
         for rollup in engines[record.partition].take():
             merged.observe(rollup)
         for finding in merged.take():

@@ -11,7 +11,7 @@ zombie that stores state after its successor did harms nothing: every whole stat
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -20,7 +20,7 @@ import structlog
 
 from collector.kafka import ConsumerRecord, KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
 from streams.config import StreamsConfig
-from streams.deadletter import DeadLetters, Unusable
+from streams.deadletter import DeadLetters
 from streams.health import Health, Reading
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
@@ -39,11 +39,15 @@ class StageFailed(RuntimeError):
     """The worker can't go on; the message says why. Started again, it goes on from its last state."""
 
 
+Refused = tuple[ConsumerRecord, str]
+"""A record that could not be used, and why."""
+
+
 class Shard(Protocol):
     """The engine of one partition, in the worker's terms."""
 
-    def observe(self, record: ConsumerRecord) -> None:
-        """Takes one record, in order of offset. Raises Unusable; the record then goes to the dead letter."""
+    def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
+        """Takes records in order of offset; those that are no use, with the reason, go to the dead letter."""
 
     def take(self) -> list[Outgoing]:
         """What is to be written now."""
@@ -182,13 +186,7 @@ class StageWorker:
             await self._mend_hole(batch.partition, owned)
             return
         owned.half_done = True
-        unusable = []
-        for record in fresh:
-            try:
-                owned.shard.observe(record)
-            except Unusable as error:
-                unusable.append((record, str(error)))
-        await self._letters.put(unusable)
+        await self._letters.put(owned.shard.observe(fresh))
         await self._target.write(owned.shard.take())
         owned.half_done = False
         self._totals["records"] += len(fresh)

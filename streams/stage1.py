@@ -4,7 +4,7 @@ Delivery: every second's rollups reach iw.rollups at least once, with the same b
 iw.rollups, all partials of a second come before the marker that closes it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from streams.config import StreamsConfig
 from streams.deadletter import Unusable
 from streams.health import process_id
 from streams.output import Outgoing
-from streams.stage import Stage, run_stage
+from streams.stage import Refused, Stage, run_stage
 
 ROLE: Final = "stage1"
 
@@ -31,8 +31,17 @@ class EventShard:
     def __init__(self, engine: PartitionEngine, rollup_partitions: int) -> None:
         self._engine, self._rollup_partitions = engine, rollup_partitions
 
-    def observe(self, record: ConsumerRecord) -> None:
-        """Decodes and applies one record of iw.events. Raises Unusable."""
+    def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
+        """Decodes and applies records of iw.events."""
+        refused = []
+        for record in records:
+            try:
+                self._observe(record)
+            except Unusable as error:
+                refused.append((record, str(error)))
+        return refused
+
+    def _observe(self, record: ConsumerRecord) -> None:
         raw = record.value
         if raw is None:
             raise Unusable("the record has no value")

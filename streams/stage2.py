@@ -5,7 +5,7 @@ uid. A partition of iw.events that says nothing holds time back for all tenants:
 finding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +16,8 @@ from detectors.finding import encode
 from detectors.rollup import BadRollup, decode
 from detectors.time import SECOND_US
 from streams.config import StreamsConfig
-from streams.deadletter import Unusable
 from streams.output import Outgoing
-from streams.stage import Stage, run_stage
+from streams.stage import Refused, Stage, run_stage
 
 ROLE: Final = "stage2"
 
@@ -29,14 +28,15 @@ class RollupShard:
     def __init__(self, engine: TenantEngine, finding_partitions: int) -> None:
         self._engine, self._finding_partitions = engine, finding_partitions
 
-    def observe(self, record: ConsumerRecord) -> None:
-        """Decodes and applies one rollup. Raises Unusable."""
-        if record.value is None:
-            raise Unusable("the record has no value")
-        try:
-            self._engine.observe(decode(record.value))
-        except (BadRollup, PartitionMismatch) as error:
-            raise Unusable(str(error)) from None
+    def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
+        """Decodes and applies rollups."""
+        refused = []
+        for record in records:
+            try:
+                self._engine.observe(decode(record.value or b""))
+            except (BadRollup, PartitionMismatch) as error:
+                refused.append((record, str(error)))
+        return refused
 
     def take(self) -> list[Outgoing]:
         """Findings, each to the partition of its uid."""
