@@ -303,9 +303,10 @@ class BatchWriter:
         self._acks: list[Ack] = []
         self._refusal: str | None = None
 
-    async def append(self, key: bytes | None, value: bytes, partition: int) -> None:
-        """Add one record. Raises RecordTooLarge (this record only), BatchRefused, or BrokerAway."""
-        size = len(value) + len(key or b"") + RECORD_OVERHEAD_BYTES
+    async def append(self, key: bytes | None, value: bytes | None, partition: int) -> None:
+        """Add one record; None deletes the key of a compacted topic. Raises RecordTooLarge (this record only),
+        BatchRefused, or BrokerAway."""
+        size = len(value or b"") + len(key or b"") + RECORD_OVERHEAD_BYTES
         if size > self._record_bytes_max:
             raise RecordTooLarge(
                 f"a record of {size} bytes is over the {self._record_bytes_max} that {self.topic} takes"

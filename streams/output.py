@@ -34,7 +34,8 @@ class Outgoing(NamedTuple):
     """One record to write."""
 
     key: bytes
-    value: bytes
+    value: bytes | None
+    """None deletes the key, where the topic is compacted."""
     partition: int
 
 
@@ -76,7 +77,7 @@ class Output:
                 return
 
     def _fits(self, record: Outgoing) -> bool:
-        size = len(record.key) + len(record.value) + RECORD_OVERHEAD_BYTES
+        size = len(record.key) + len(record.value or b"") + RECORD_OVERHEAD_BYTES
         if size > self._record_bytes_max:
             self.dropped += 1
             log.error("record left out: too large", topic=self.topic, bytes=size, bytes_max=self._record_bytes_max)

@@ -1,31 +1,34 @@
-"""What both stages share: a Faust worker that keeps one engine for each partition it owns, and the order of its steps.
+"""What both stages share: a Faust worker that keeps one engine for each partition it owns.
 
 For each batch: records go to the partition's engine; what it gives is written and acknowledged; at most once in
-`state_interval_s` the engine's snapshot goes to the Faust table; only then may the offset be committed. A crash
-between any two steps replays from the last snapshot and writes the same bytes again (rules T9 and T10).
+`state_interval_s` the engine's snapshot goes to the Faust table; only then may the offset be committed. The order of
+these steps, and why no crash between two of them matters, is `streams/shard.py`; how state lies in the table, and why
+no zombie can spoil it, `streams/state.py`.
 
-Where a partition goes on is said by its state alone; the committed offset is for people and for lag monitors. So a
-zombie that stores state after its successor did harms nothing: every whole state is right, and the newest is taken.
+Where a partition goes on is said by its state alone; the committed offset is for people and for lag monitors.
 """
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import structlog
 
-from collector.kafka import ConsumerRecord, KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
+from collector.event import uuid7
+from collector.kafka import KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
 from streams.health import Health, Reading
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
-from streams.state import State, pack, unpack
-from streams.transport import Batch, BatchApp, BatchConsumer, Sequencer, check_versions
+from streams.shard import Bounds, PartitionRun, Refused, Shard
+from streams.transport import Batch, BatchApp, BatchConsumer, check_versions
+
+__all__ = ["Refused", "Shard", "Stage", "StageFailed", "StageWorker", "run_stage"]
 
 log = structlog.get_logger(__name__)
 
@@ -33,36 +36,13 @@ HOUSEKEEPING_S: Final = 0.1
 SILENT_S: Final = 2.0
 """A partition that has records to read and gave none for so long is read again from where it stands."""
 STOP_TIMEOUT_S: Final = 3.0
+REVOKE_TIMEOUT_S: Final = 2.0
+ROUND_S: Final = 60.0
+"""Every partition's state is stored at least so often, though it be more than `state_bytes_per_s`."""
 
 
 class StageFailed(RuntimeError):
     """The worker can't go on; the message says why. Started again, it goes on from its last state."""
-
-
-Refused = tuple[ConsumerRecord, str]
-"""A record that could not be used, and why."""
-
-
-class Shard(Protocol):
-    """The engine of one partition, in the worker's terms."""
-
-    def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
-        """Takes records in order of offset; those that are no use, with the reason, go to the dead letter."""
-
-    def take(self) -> list[Outgoing]:
-        """What is to be written now."""
-
-    def snapshot(self) -> bytes:
-        """All that the engine is."""
-
-    def restore(self, raw: bytes) -> None:
-        """The inverse of `snapshot`."""
-
-    def watermark_us(self) -> int | None:
-        """Event time up to which everything is told; None before any."""
-
-    def counters(self) -> Mapping[str, int]:
-        """The engine's own counters, since the beginning of the log."""
 
 
 class Stage(NamedTuple):
@@ -81,17 +61,11 @@ class Stage(NamedTuple):
 class Owned:
     """One partition that this worker owns."""
 
-    shard: Shard
-    sequence: Sequencer
-    slot: int
-    stored: int
-    """State is stored up to this offset."""
+    run: PartitionRun
     heard_s: float
     """When it last gave a record (monotonic), as `due_s`."""
     due_s: float = 0.0
     """When state may be stored next."""
-    half_done: bool = False
-    """A batch is applied, but what it gave is not all written: such state must not be stored."""
 
 
 class StageWorker:
@@ -105,7 +79,11 @@ class StageWorker:
         self._restored = False
         """Whether every partition of ours has its state, which may be none at all where workers outnumber them."""
         self._lock = asyncio.Lock()
-        """Held while a batch is handled or state is stored, so that neither sees the other half done."""
+        """Held while a batch is handled or a snapshot taken, so that neither sees the other half done."""
+        self._storing = asyncio.Lock()
+        """Held while state is packed and written, which stops no batch."""
+        self._paid_s = 0.0
+        """When the changelog may be written next (monotonic): what was written is paid for by waiting."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._totals = Counter(records=0, batches=0, states=0, state_bytes=0, rebalances=0, rewinds=0, lost_records=0)
         folder = data_dir / "faust"
@@ -128,6 +106,7 @@ class StageWorker:
         running = [
             asyncio.create_task(self.app.start(), name="faust"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self._keep_state(), name="state"),
         ]
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -141,7 +120,8 @@ class StageWorker:
                 self._failure.result()
         finally:
             stopping.cancel()
-            running[1].cancel()
+            for task in running[1:]:
+                task.cancel()
             await self._stop()
 
     async def _stop(self) -> None:
@@ -181,40 +161,48 @@ class StageWorker:
         owned = self._owned.get(batch.partition)
         if owned is None:
             return  # fetched before the partition was restored, or after it was lost; it is read again
-        fresh = owned.sequence.accept(batch.records)
-        if fresh is None:
+        taken = await owned.run.handle(batch.records, self)
+        if taken is None:
             await self._mend_hole(batch.partition, owned)
             return
-        owned.half_done = True
-        await self._letters.put(owned.shard.observe(fresh))
-        await self._target.write(owned.shard.take())
-        owned.half_done = False
-        self._totals["records"] += len(fresh)
+        self._totals["records"] += taken
         self._totals["batches"] += 1
         owned.heard_s = time.monotonic()
+
+    async def refuse(self, refused: list[Refused]) -> None:
+        """See `shard.Ports`."""
+        await self._letters.put(refused)
+
+    async def emit(self, outgoing: list[Outgoing]) -> None:
+        """See `shard.Ports`."""
+        await self._target.write(outgoing)
+
+    async def keep(self, chunks: list[Outgoing]) -> None:
+        """See `shard.Ports`."""
+        await self._changelog.write(chunks)
 
     async def _mend_hole(self, partition: int, owned: Owned) -> None:
         """Reads again from where the partition stands. What the broker has deleted is lost: counted and told."""
         now_s = time.monotonic()
-        if now_s - owned.heard_s < 1 and owned.sequence.holes > 1:
+        if now_s - owned.heard_s < 1 and owned.run.sequence.holes > 1:
             return  # asked a moment ago; what was queued behind the hole still comes
         try:
             earliest, _ = (await self._consumer.bounds([partition]))[partition]
         except (KafkaError, TimeoutError):
             return  # the broker is away; asked again when records come, or after a silence
-        if earliest > owned.sequence.next:
-            lost = earliest - owned.sequence.next
+        if earliest > owned.run.sequence.next:
+            lost = earliest - owned.run.sequence.next
             self._totals["lost_records"] += lost
             log.error(
                 "records were deleted before they were read", topic=self.stage.source, partition=partition, lost=lost
             )
-            owned.sequence.next = earliest
+            owned.run.sequence.next = earliest
         await self._rewind(partition, owned)
 
     async def _rewind(self, partition: int, owned: Owned) -> None:
         self._totals["rewinds"] += 1
         owned.heard_s = time.monotonic()
-        await self._consumer.rewind(partition, owned.sequence.next)
+        await self._consumer.rewind(partition, owned.run.sequence.next)
 
     @property
     def _consumer(self) -> BatchConsumer:
@@ -223,17 +211,18 @@ class StageWorker:
     def next_offset(self, partition: int) -> int | None:
         """See `transport.Positions`."""
         owned = self._owned.get(partition)
-        return None if owned is None else owned.sequence.next
+        return None if owned is None else owned.run.sequence.next
 
     def settled(self) -> Mapping[int, int]:
         """See `transport.Positions`."""
-        return {partition: owned.stored + 1 for partition, owned in self._owned.items()}
+        return {partition: owned.run.settled for partition, owned in self._owned.items()}
 
     async def before_revoke(self) -> None:
-        """Stores what can be stored within two seconds; what can't be is replayed by the next owner."""
+        """Stores what can be stored in time; what can't be is replayed by the next owner."""
         try:
-            async with asyncio.timeout(2), self._lock:
-                await self._store(self._owned)
+            async with asyncio.timeout(REVOKE_TIMEOUT_S):
+                for owned in list(self._owned.values()):
+                    await self._store(owned)
         except TimeoutError:
             log.warning("state not stored before giving partitions up", role=self.stage.role)
 
@@ -254,50 +243,44 @@ class StageWorker:
         log.info("partitions restored", role=self.stage.role, partitions=sorted(self._owned))
 
     def _restore(self, partition: int, earliest: int, end: int) -> Owned:
-        state, slot = unpack(partition, self._table.data)
-        if state is not None and state.applied >= end:
-            log.error("state is ahead of its topic, which was made anew: starting anew too", partition=partition)
-            state = None
-        shard = self.stage.make_shard(partition)
-        if state is not None:
-            try:
-                shard.restore(state.snapshot)
-            except ValueError as error:
-                log.warning("state can't be used, reading the topic again", partition=partition, reason=str(error))
-                shard, state = self.stage.make_shard(partition), None
-        start = earliest if state is None else state.applied + 1
-        return Owned(shard, Sequencer(start), slot, start - 1, time.monotonic())
+        table, bounds = self._table.data, Bounds(earliest, end)
+        run = PartitionRun.restored(partition, self.stage.make_shard, uuid7(), table, bounds)
+        return Owned(run, time.monotonic())
 
-    async def _store(self, which: Mapping[int, Owned]) -> None:
-        """Stores the state of these partitions where it changed. Under the lock, so between two batches."""
-        chunks: list[Outgoing] = []
-        stored: list[tuple[Owned, int]] = []
-        for partition, owned in which.items():
-            applied = owned.sequence.next - 1
-            if applied <= owned.stored or owned.half_done:
-                continue
-            packed = pack(partition, owned.slot, State(applied, owned.shard.snapshot()), self._streams.state_bytes_max)
-            chunks += [Outgoing(key, value, partition) for key, value in packed]
-            stored.append((owned, applied))
-        await self._changelog.write(chunks)
-        written = sum(len(chunk.value) for chunk in chunks)
-        pause_s = max(self._streams.state_interval_s, written / self._streams.state_bytes_per_s)
-        for chunk in chunks:
-            self._table.data[chunk.key] = chunk.value
-        for owned, applied in stored:
-            owned.stored, owned.slot, owned.due_s = applied, 1 - owned.slot, time.monotonic() + pause_s
-        self._totals.update(states=len(stored), state_bytes=written)
+    async def _store(self, owned: Owned) -> None:
+        """Stores the state of a partition where it changed. Batches wait only while the snapshot is taken."""
+        async with self._storing:
+            async with self._lock:
+                state = owned.run.snapshot()
+            if state is None:
+                return
+            chunks = await asyncio.to_thread(owned.run.pack, state, self._streams.state_bytes_max)
+            stale = await owned.run.store(state, chunks, self)
+            # Recovery reads all that was written since the last one, so what we write need not be in memory too.
+            for key in stale:
+                self._table.data.pop(key, None)
+            written = sum(len(chunk.value or b"") for chunk in chunks)
+            now_s = time.monotonic()
+            pause_s = min(written / self._streams.state_bytes_per_s, ROUND_S / max(len(self._owned), 1))
+            self._paid_s = max(self._paid_s, now_s) + pause_s
+            owned.due_s = now_s + self._streams.state_interval_s
+            self._totals.update(states=1, state_bytes=written)
+
+    async def _keep_state(self) -> None:
+        """Stores due state, that of the partition longest due first."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for owned in sorted(self._owned.values(), key=lambda owned: owned.due_s):
+                if max(owned.due_s, self._paid_s - HOUSEKEEPING_S) <= time.monotonic():
+                    await self._store(owned)
 
     async def _keep_house(self) -> None:
-        """Stores due state, appends ticks, reads stuck partitions again, and notices when Faust has crashed."""
+        """Appends ticks, reads stuck partitions again, and notices when Faust has crashed."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             if self.app.crashed:
                 raise StageFailed(f"Faust stopped: {self.app.crash_reason!r}") from self.app.crash_reason
-            now_s = time.monotonic()
-            await self._watch_recovery(now_s)
-            async with self._lock:
-                await self._store({p: owned for p, owned in self._owned.items() if owned.due_s <= now_s})
+            await self._watch_recovery(time.monotonic())
             for partition, owned in list(self._owned.items()):
                 await self._watch(partition, owned, time.monotonic())
 
@@ -315,7 +298,7 @@ class StageWorker:
         silent_s = now_s - owned.heard_s
         if end is None or self._lock.locked():
             return
-        if end > owned.sequence.next:
+        if end > owned.run.sequence.next:
             if silent_s >= SILENT_S:
                 await self._rewind(partition, owned)
         elif self.stage.make_tick is not None and silent_s >= self._streams.tick_after_s:
@@ -329,11 +312,11 @@ class StageWorker:
         counters: Counter[str] = Counter()
         lag, watermarks = 0, []
         for partition, owned in self._owned.items():
-            counters.update(owned.shard.counters())
-            lag += max((ends[partition] or 0) - owned.sequence.next, 0)
-            watermarks.append(owned.shard.watermark_us())
-            counters["repeats"] += owned.sequence.repeats
-            counters["holes"] += owned.sequence.holes
+            counters.update(owned.run.shard.counters())
+            lag += max((ends[partition] or 0) - owned.run.sequence.next, 0)
+            watermarks.append(owned.run.shard.watermark_us())
+            counters["repeats"] += owned.run.sequence.repeats
+            counters["holes"] += owned.run.sequence.holes
         late = counters.pop("late", 0)
         told = [watermark for watermark in watermarks if watermark is not None]
         return Reading(
