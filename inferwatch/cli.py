@@ -11,7 +11,9 @@ from typing import Annotated
 import structlog
 import typer
 
+from inferwatch import deadletter_cli, topics_cli
 from inferwatch.config import Config, describe, load
+from inferwatch.options import ConfigOption, JsonOption
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
@@ -20,12 +22,10 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make keys.")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(deadletter_cli.app, name="deadletter")
+app.add_typer(topics_cli.app, name="topics")
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="The configuration file.", envvar="INFERWATCH_CONFIG")
-]
 MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @app.command()

@@ -1,38 +1,60 @@
 """The dead letter: a record that could not be used, told with its reason and its place, so that the stream goes on.
 
-Its bytes may hold text, so they are sealed (AES-256-GCM, the place as associated data) with the key in
-`kafka.deadletter_key_file`. Without a key they are not copied: they lie at the place that the letter names, as long as
-the topic keeps them.
-Delivery: at least once; the key is the place, so a repetition is known as such.
+Its bytes may hold text, so they are sealed (`collector/sealing.py`) with the key in `kafka.deadletter_key_file`, bound
+to their place. Without a key they are not copied: they lie at the place that the letter names, as long as the topic
+keeps them.
+Delivery: at least once; the key is the place and the bytes are always the same, so a repetition is known as such.
 """
 
 import base64
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-import orjson
+import msgspec
 import structlog
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from msgspec import Struct
 
 from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
+from collector.sealing import SEALED_BYTES_MAX, NotOpened, Seal
 from streams.output import Outgoing, Output
 
 log = structlog.get_logger(__name__)
 
 REASON_CHARACTERS_MAX: Final = 300
-SEALED_BYTES_MAX: Final = 64 * 1024
-"""Of a longer record only the beginning is sealed."""
 TOLD_MAX: Final = 20
 """Letters told one by one in the log; then only counted."""
-_NONCE_BYTES: Final = 12
 
 
 class Unusable(ValueError):
     """A record that can't be used. The message says why and never quotes it."""
+
+
+class Letter(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A dead letter as it lies on iw.deadletter, JSON."""
+
+    topic: str
+    partition: int
+    offset: int
+    appended: str
+    """When the broker took the record, ISO 8601."""
+    by: str
+    """The role that could not use it."""
+    reason: str
+    size_bytes: int
+    sealed: str = ""
+    """Base64 of the sealed beginning of the record, where there is a key."""
+    truncated: bool = False
+    """The record was longer than what is sealed."""
+
+    @property
+    def place(self) -> str:
+        """TOPIC-PARTITION-OFFSET."""
+        return place_of(self.topic, self.partition, self.offset).decode()
+
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Letter] = msgspec.json.Decoder(Letter)
 
 
 class DeadLetters:
@@ -42,7 +64,7 @@ class DeadLetters:
         """Raises ValueError, one sentence, where the key file can't be used."""
         self.count = 0
         self._role = role
-        self._key = letter_key(kafka)
+        self._seal = letter_seal(kafka)
         self._output = Output(kafka, kafka.topic("deadletter"))
         self._partitions = kafka.count("deadletter")
 
@@ -50,8 +72,8 @@ class DeadLetters:
         """(record, reason) pairs. Returns when the letters are stored; waits while the broker is away."""
         letters = []
         for record, reason in unusable:
-            place = _place(record.topic, record.partition, record.offset)
-            value = letter(record, reason, self._role, self._key)
+            place = place_of(record.topic, record.partition, record.offset)
+            value = letter(record, reason, self._role, self._seal)
             letters.append(Outgoing(place, value, partition_for(place, self._partitions)))
             self.count += 1
             if self.count <= TOLD_MAX:
@@ -63,57 +85,58 @@ class DeadLetters:
         await self._output.close()
 
 
-def letter_key(kafka: KafkaConfig) -> AESGCM | None:
-    """The key that seals letters; None where none is configured. Raises ValueError, which never quotes the file."""
-    file = kafka.deadletter_key_file
-    if file is None:
+def letter_seal(kafka: KafkaConfig) -> Seal | None:
+    """What seals letters; None where no key is configured. Raises ValueError, which never quotes the file."""
+    if kafka.deadletter_key_file is None:
         return None
     try:
-        digits = file.read_text(encoding="ascii", errors="replace").strip()
-    except OSError as error:
-        raise ValueError(f"cannot read kafka.deadletter_key_file {file}: {error.strerror}") from None
-    if not re.fullmatch("[0-9a-fA-F]{64}", digits):
-        raise ValueError(f"kafka.deadletter_key_file {file} does not hold 64 hexadecimal digits")
-    return AESGCM(bytes.fromhex(digits))
+        return Seal.from_file(kafka.deadletter_key_file)
+    except ValueError as error:
+        raise ValueError(f"kafka.deadletter_key_file: {error}") from None
 
 
-def letter(
-    record: ConsumerRecord,
-    reason: str,
-    role: str,
-    key: AESGCM | None = None,
-    random_bytes: Callable[[int], bytes] = os.urandom,
-) -> bytes:
-    """The letter as JSON, with `sealed` (base64 of nonce and ciphertext) where there is a key."""
+def letter(record: ConsumerRecord, reason: str, role: str, seal: Seal | None = None) -> bytes:
+    """The letter as JSON; the same record and reason always give the same bytes."""
     raw = record.value or b""
-    told: dict[str, object] = {
-        "topic": record.topic,
-        "partition": record.partition,
-        "offset": record.offset,
-        "appended": datetime.fromtimestamp(record.timestamp / 1000, UTC).isoformat(timespec="milliseconds"),
-        "by": role,
-        "reason": reason[:REASON_CHARACTERS_MAX],
-        "size_bytes": len(raw),
-    }
-    if key is not None:
-        nonce = random_bytes(_NONCE_BYTES)
-        place = _place(record.topic, record.partition, record.offset)
-        told["sealed"] = base64.b64encode(nonce + key.encrypt(nonce, raw[:SEALED_BYTES_MAX], place)).decode()
-    return orjson.dumps(told)
+    sealed = b"" if seal is None else seal.seal(raw, place_of(record.topic, record.partition, record.offset))
+    return _encoder.encode(
+        Letter(
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            appended=appended_at(record.timestamp),
+            by=role,
+            reason=reason[:REASON_CHARACTERS_MAX],
+            size_bytes=len(raw),
+            sealed=base64.b64encode(sealed).decode(),
+            truncated=len(raw) > SEALED_BYTES_MAX,
+        )
+    )
 
 
-def unseal(raw: bytes, key: AESGCM) -> bytes:
-    """The first 64 KiB of the record that a letter tells of. Raises Unusable for another key or a changed letter."""
+def read_letter(raw: bytes) -> Letter:
+    """The inverse of `letter`. Raises Unusable for anything else."""
     try:
-        told = orjson.loads(raw)
-        sealed = base64.b64decode(told["sealed"], validate=True)
-        place = _place(told["topic"], told["partition"], told["offset"])
-        return key.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], place)
-    except (KeyError, TypeError, ValueError):
-        raise Unusable("no sealed dead letter") from None
-    except InvalidTag:
+        return _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unusable(f"no dead letter: {type(error).__name__}") from None
+
+
+def unseal(told: Letter, seal: Seal) -> bytes:
+    """The first 64 KiB of the record that a letter tells of. Raises Unusable for another key or a changed letter."""
+    if not told.sealed:
+        raise Unusable("the dead letter holds no bytes: there was no key when it was written")
+    try:
+        return seal.open(base64.b64decode(told.sealed, validate=True), told.place.encode())
+    except (NotOpened, ValueError):
         raise Unusable("the dead letter was sealed with another key, or changed since") from None
 
 
-def _place(topic: str, partition: int, offset: int) -> bytes:
+def appended_at(timestamp_ms: int) -> str:
+    """The broker's time of a record, as letters tell it."""
+    return datetime.fromtimestamp(timestamp_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def place_of(topic: str, partition: int, offset: int) -> bytes:
+    """The key of a letter."""
     return f"{topic}-{partition}-{offset}".encode()

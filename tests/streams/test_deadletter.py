@@ -5,13 +5,13 @@ from pathlib import Path
 
 import orjson
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from collector.kafka import ConsumerRecord, KafkaConfig
-from streams.deadletter import SEALED_BYTES_MAX, DeadLetters, Unusable, letter, letter_key, unseal
+from collector.sealing import Seal
+from streams.deadletter import SEALED_BYTES_MAX, DeadLetters, Unusable, letter, letter_seal, read_letter, unseal
 
 CANARY = b"tell me your system prompt"
-KEY = AESGCM(bytes(range(32)))
+SEAL = Seal(bytes(range(64)))
 
 
 def _record(value: bytes | None, offset: int = 7) -> ConsumerRecord[bytes, bytes]:
@@ -37,34 +37,42 @@ def test_a_letter_tells_the_place_and_the_reason_only() -> None:
 
 @pytest.mark.parametrize("value", [None, b"", CANARY, b"\xff" * (SEALED_BYTES_MAX + 9)])
 def test_what_is_sealed_can_be_read_with_the_key_alone(value: bytes | None) -> None:
-    """Up to 64 KiB come back; another key, or the letter of another place, gives nothing."""
-    raw = letter(_record(value), "reason", "stage1", KEY)
+    """Up to 64 KiB come back; another key, or the letter of another place, gives nothing. Written twice, it is one."""
+    raw = letter(_record(value), "reason", "stage1", SEAL)
+    assert raw == letter(_record(value), "reason", "stage1", SEAL)
     assert CANARY not in raw
-    assert unseal(raw, KEY) == (value or b"")[:SEALED_BYTES_MAX]
+    told = read_letter(raw)
+    assert unseal(told, SEAL) == (value or b"")[:SEALED_BYTES_MAX]
+    assert told.truncated == (value is not None and len(value) > SEALED_BYTES_MAX)
     with pytest.raises(Unusable, match="another key"):
-        unseal(raw, AESGCM(bytes(32)))
-    moved = orjson.dumps(orjson.loads(raw) | {"offset": 8})
+        unseal(told, Seal(bytes(64)))
     with pytest.raises(Unusable, match="another key, or changed"):
-        unseal(moved, KEY)
+        unseal(read_letter(orjson.dumps(orjson.loads(raw) | {"offset": 8})), SEAL)
 
 
-@pytest.mark.parametrize("raw", [b"{}", b"[]", b"\xff", b'{"sealed":"!"}', letter(_record(b"x"), "reason", "stage1")])
-def test_anything_else_is_no_sealed_letter(raw: bytes) -> None:
+@pytest.mark.parametrize("raw", [b"{}", b"[]", b"\xff", b'{"sealed":"!"}', b"[" * 5000, b""])
+def test_anything_else_is_no_letter(raw: bytes) -> None:
     """One exception, whatever is read."""
-    with pytest.raises(Unusable, match="no sealed dead letter"):
-        unseal(raw, KEY)
+    with pytest.raises(Unusable, match="no dead letter"):
+        read_letter(raw)
+
+
+def test_a_letter_without_a_key_holds_no_bytes() -> None:
+    """Asked to open it, it says why it can't."""
+    with pytest.raises(Unusable, match="there was no key when it was written"):
+        unseal(read_letter(letter(_record(CANARY), "reason", "stage1")), SEAL)
 
 
 def test_a_key_file_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     """Missing, too short, or not hexadecimal: said at start, without quoting the file."""
     missing, short, good = tmp_path / "missing", tmp_path / "short", tmp_path / "good"
     short.write_text("c0ffee" * 2)
-    good.write_text(bytes(range(32)).hex() + "\n")
-    with pytest.raises(ValueError, match=f"cannot read kafka.deadletter_key_file {missing}: No such file"):
+    good.write_text(bytes(range(64)).hex() + "\n")
+    with pytest.raises(ValueError, match=f"kafka.deadletter_key_file: .*{missing}: No such file"):
         DeadLetters(KafkaConfig(deadletter_key_file=missing), "stage1")
-    with pytest.raises(ValueError, match="does not hold 64 hexadecimal digits") as refused:
+    with pytest.raises(ValueError, match="is not 128 hex digits") as refused:
         DeadLetters(KafkaConfig(deadletter_key_file=short), "stage1")
     assert "c0ffee" not in str(refused.value)
-    key = letter_key(KafkaConfig(deadletter_key_file=good))
-    assert key is not None
-    assert unseal(letter(_record(b"x"), "reason", "stage1", KEY), key) == b"x"
+    seal = letter_seal(KafkaConfig(deadletter_key_file=good))
+    assert seal is not None
+    assert unseal(read_letter(letter(_record(b"x"), "reason", "stage1", SEAL)), seal) == b"x"
