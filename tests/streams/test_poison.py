@@ -5,6 +5,7 @@ The road from there over iw.deadletter is shown in test_stages.py on a real brok
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -111,13 +112,13 @@ def test_mutated_rollups_raise_bad_rollup_and_quote_nothing() -> None:
         for _ in range(chance.randrange(1, 4)):
             raw[chance.randrange(len(raw))] = chance.randrange(256)
         value = bombs[round_number] if round_number < len(bombs) else bytes(raw[: chance.randrange(1, len(raw) + 40)])
-        try:
+        with suppress(rollups.BadRollup):
             rollups.decode(value)
-        except rollups.BadRollup as error:
-            ((_, reason),) = shard.observe([_record(value, round_number)])
-            assert reason == str(error)
-            assert CANARY not in reason
-            refused += 1
+            continue
+        ((_, reason),) = shard.observe([_record(value, round_number)])
+        assert reason.startswith("no rollup of this version: ")
+        assert CANARY not in reason
+        refused += 1
     assert refused > 1000
     assert shard.observe([_record(raw) for raw in good]) == []
     assert shard.counters()["seconds"] == 1
