@@ -3,9 +3,14 @@
 `digest` is the fingerprint that every finding carries: the settings and the detectors' versions that decided it.
 """
 
+import base64
 import hashlib
+import re
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+OPERATOR_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class _Table(BaseModel):
@@ -45,6 +50,57 @@ class LifecycleConfig(_Table):
         10_000, ge=1, description="Open episodes an engine; then the longest quiet one closes early."
     )
     offset_ranges_max: int = Field(64, ge=1, le=1_024, description="Offset ranges in one finding.")
+    incident_s: int = Field(
+        1_800, ge=1, description="Findings that belong together are one incident while it is not quiet for longer."
+    )
+    incidents_max: int = Field(2_000, ge=1, description="Incidents an engine; then the longest quiet one is forgotten.")
+    incident_links_max: int = Field(64, ge=1, le=1_024, description="Entities that one incident is recognised by.")
+    flap_openings: int = Field(4, ge=2, le=64, description="An entity that opens so often is flapping.")
+    flap_window_s: int = Field(6 * 3_600, ge=1, description="Within this long.")
+    flap_quiet_s: int = Field(3_600, ge=1, description="`quiet_s` of a flapping entity.")
+    flap_entities_max: int = Field(
+        10_000, ge=1, description="Closed entities whose openings are remembered; then the longest closed is forgotten."
+    )
+    closed_max: int = Field(
+        500, ge=1, description="Closed findings an engine that can still be acknowledged; older ones can't."
+    )
+
+
+class CommandsConfig(_Table):
+    """Whose commands count, and how far they reach."""
+
+    operators: dict[str, str] = Field(
+        {}, description='Who may command: NAME = "public key", as `inferwatch keys operator NAME` prints it.'
+    )
+    age_max_s: int = Field(600, ge=1, description="A command signed longer before it reached Kafka is refused.")
+    ahead_max_s: int = Field(60, ge=0, description="A command signed so far after it reached Kafka is refused.")
+    delay_s: int = Field(
+        2, ge=0, le=60, description="A command takes effect this long after it reached Kafka, in event time."
+    )
+    acknowledge_s: int = Field(
+        86_400, ge=60, description="A finding that still goes on this long after it was acknowledged is told again."
+    )
+    suppress_max_s: int = Field(90 * 86_400, ge=60, description="A longer suppression is refused.")
+    maintenance_max_s: int = Field(7 * 86_400, ge=60, description="A longer maintenance window is refused.")
+    ahead_plan_max_s: int = Field(90 * 86_400, ge=0, description="A window that begins later than this is refused.")
+    change_s: int = Field(3_600, ge=1, description="A finding that opens this long after a change names it.")
+    active_max: int = Field(
+        1_000, ge=1, description="Suppressions, windows and changes in force an engine; then new commands are refused."
+    )
+
+    @field_validator("operators")
+    @classmethod
+    def _keys_are_keys(cls, operators: dict[str, str]) -> dict[str, str]:
+        for name, key in operators.items():
+            if not re.fullmatch(OPERATOR_NAME, name):
+                raise ValueError("the name of an operator has 1 to 64 letters, digits, dots, dashes and underscores")
+            try:
+                raw = base64.b64decode(key, validate=True)
+            except ValueError:
+                raw = b""
+            if len(raw) != 32:
+                raise ValueError(f"the key of operator {name} is not base64 of 32 bytes")
+        return operators
 
 
 class BlockRateConfig(_Table):
@@ -157,6 +213,7 @@ class DetectConfig(_Table):
     )
     time: TimeConfig = TimeConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
+    commands: CommandsConfig = CommandsConfig()
     block_rate: BlockRateConfig = BlockRateConfig()
     latency: LatencyConfig = LatencyConfig()
     probing: ProbingConfig = ProbingConfig()

@@ -17,6 +17,7 @@ CONTRIBUTORS_MAX: Final = 5
 Severity = Literal["info", "low", "medium", "high", "critical"]
 Confidence = Literal["low", "medium", "high"]
 State = Literal["open", "update", "close"]
+RANK: Final[dict[Severity, int]] = {"info": 0, "low": 1, "medium": 2, "high": 3, "critical": 4}
 
 
 class Entity(Struct, frozen=True, kw_only=True):
@@ -98,6 +99,25 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The first three things to check."""
     cold_start: str = ""
     """What this detector can't say yet at its age; empty when its baseline is grown."""
+    incident: str = ""
+    """The same for findings that belong together."""
+    leads: bool = False
+    """For a pager: the first told of its incident, one worse than all told before, one told again after it was held
+    back, or the close of one of these."""
+    flapping: int = 0
+    """How often the entity opened of late, where that is too often: then it is held open for longer."""
+    acknowledged_by: str = ""
+    """The command that acknowledged it, or called it false."""
+    false_positive: bool = False
+    suppressed_by: str = ""
+    """The suppression or maintenance window that holds it back."""
+    handled_by: str = ""
+    """The operator who signed that command."""
+    handled_why: str = ""
+    change: str = ""
+    """The planned change shortly after which it opened."""
+    quiet: bool = False
+    """Held back from people. The topic and the store have it all the same."""
 
 
 def finding_uid(tenant: str, detector: str, entity: Entity, episode_start_us: int) -> str:

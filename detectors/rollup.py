@@ -81,22 +81,33 @@ class Marker(Struct, frozen=True, array_like=True, tag="marker"):
     """Seconds since the epoch."""
 
 
+class Command(Struct, frozen=True, array_like=True, tag="command"):
+    """A record of iw.commands, carried over by stage 2 itself: its place among the rollups fixes when it counts."""
+
+    partition: int
+    """Of iw.commands, as the offset."""
+    offset: int
+    append_ms: int
+    value: bytes
+    """As it lay there, signature included; empty where it was too large."""
+
+
 Rollup = Partial | Signal | Marker
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final[msgspec.msgpack.Decoder[Rollup]] = msgspec.msgpack.Decoder(Rollup)
+_decoder: Final[msgspec.msgpack.Decoder[Rollup | Command]] = msgspec.msgpack.Decoder(Rollup | Command)
 
 
 class BadRollup(ValueError):
     """The bytes are no rollup. The message never quotes them."""
 
 
-def encode(rollup: Rollup) -> bytes:
+def encode(rollup: Rollup | Command) -> bytes:
     """MessagePack; the same rollup always gives the same bytes."""
     return _encoder.encode(rollup)
 
 
-def decode(raw: bytes) -> Rollup:
+def decode(raw: bytes) -> Rollup | Command:
     """The inverse of `encode`. Raises `BadRollup`."""
     try:
         return _decoder.decode(raw)

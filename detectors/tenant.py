@@ -10,7 +10,7 @@ from detectors.config import DetectConfig, config_digest
 from detectors.detector import Alarm
 from detectors.finding import Finding
 from detectors.lifecycle import Lifecycle
-from detectors.rollup import Cell, Marker, Partial, Rollup, Signal
+from detectors.rollup import Cell, Command, Marker, Partial, Rollup, Signal
 from detectors.snapshot import SNAPSHOT_VERSION, BadSnapshot, check
 from detectors.time import SECOND_US
 
@@ -45,7 +45,7 @@ class TenantEngine:
         all_cards = cards()
         digest = config_digest(config, {name: card.version for name, card in all_cards.items()})
         self._halves = {detector.card.name: detector.stage_two(config) for detector in enabled(config)}
-        self._lifecycle = Lifecycle(config.lifecycle, all_cards, digest)
+        self._lifecycle = Lifecycle(config.lifecycle, all_cards, digest, config.commands)
         self._markers: dict[int, int] = {}
         self._pending: dict[int, dict[tuple[str, str, str, str, int], Partial | Signal]] = {}
         self._waiting = 0
@@ -76,10 +76,19 @@ class TenantEngine:
             found |= {f"{name}.{counter}": value for counter, value in half.counters.items()}
         return found
 
-    def observe(self, rollup: Rollup) -> None:
-        """One rollup. Raises `PartitionMismatch` for a marker of another layout."""
+    def applied(self, partition: int) -> tuple[int, int] | None:
+        """(offset, append time in ms) of the last record of that partition of iw.commands that was observed."""
+        return self._lifecycle.applied(partition)
+
+    def observe(self, rollup: Rollup | Command) -> None:
+        """One rollup. Raises `PartitionMismatch` for a marker of another layout, `BadCommand` for a command refused."""
         if isinstance(rollup, Marker):
             self._mark(rollup)
+            return
+        if isinstance(rollup, Command):
+            self._lifecycle.command(
+                rollup, 0 if self._closed_through is None else (self._closed_through + 1) * SECOND_US
+            )
             return
         if self._closed_through is not None and rollup.second <= self._closed_through:
             self._counters["late_rollups"] += 1
@@ -178,8 +187,11 @@ class TenantEngine:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadSnapshot(f"no snapshot of stage 2: {type(error).__name__}") from None
         check(state, self._partition, self._partitions)
+        try:
+            self._lifecycle.restore(state.lifecycle)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BadSnapshot(f"no snapshot of this lifecycle: {type(error).__name__}") from None
         self._closed_through, self._markers, self._counters = state.closed_through, state.markers, state.counters
-        self._lifecycle.restore(state.lifecycle)
         self._lifecycle.topics = state.topics
         self._ready = state.ready
         self._pending = {}
