@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final, Literal
 
@@ -50,7 +50,7 @@ class NewerSchema(BadEvent):
     """The record is of a newer major schema version than this reader."""
 
 
-class GuardResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GuardResult(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One guard's verdict on one text."""
 
     guard: Name
@@ -64,14 +64,14 @@ class GuardResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The class of the error, never its message: a message may quote the text that was judged."""
 
 
-class Adapter(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Adapter(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The LoRA adapter that answered."""
 
     name: Name
     digest: Digest = ""
 
 
-class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="kind"):
     """What every record carries.
 
     A *lane* is (collector_id, boot, Kafka partition). `seq` is contiguous per lane, from 0 at its `hello`, and the
@@ -88,7 +88,7 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="k
     seq: Count
 
 
-class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, tag="inference"):
+class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="inference"):
     """One engine request as the client meant it: n = 3 is one, a list of four prompts is four."""
 
     tenant: Name
@@ -135,11 +135,11 @@ class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, tag="inf
     chain: Digest = ""
 
 
-class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, tag="rejection"):
+class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="rejection"):
     """A request refused before the engine saw it: `status` is `rejected`, `reason` and `http_status` say why."""
 
 
-class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, tag="hello"):
+class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="hello"):
     """Opens a lane."""
 
     model_version: Name = ""
@@ -149,7 +149,7 @@ class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, tag="hello"):
     """The collector's clock minus the broker's append time, measured before the lanes were opened."""
 
 
-class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, tag="heartbeat"):
+class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="heartbeat"):
     """A lane with nothing to say keeps its promise moving; the counters are the collector's, not the lane's."""
 
     engine_requests: Count = 0
@@ -161,14 +161,14 @@ class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, tag="hear
     guard_errors: dict[Name, Count] = {}
 
 
-class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, tag="goodbye"):
+class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="goodbye"):
     """Closes a lane: nothing follows."""
 
     reason: Literal["stopped", "recovered"] = "stopped"
     """`recovered`: the boot died; its journal was sent by a later one."""
 
 
-class Checkpoint(Record, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
+class Checkpoint(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="checkpoint"):
     """Signs the heads of all lanes of one boot."""
 
     heads: Annotated[dict[Name, Digest], Meta(max_length=4096)] = {}
@@ -177,11 +177,11 @@ class Checkpoint(Record, frozen=True, kw_only=True, omit_defaults=True, tag="che
     key_id: Name = ""
 
 
-class Tick(Record, frozen=True, kw_only=True, omit_defaults=True, tag="tick"):
+class Tick(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="tick"):
     """Written by the reader of a partition idle for 5 s, so that time goes on where no collector lives."""
 
 
-class Change(Record, frozen=True, kw_only=True, omit_defaults=True, tag="change"):
+class Change(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="change"):
     """Something that changes what is normal: a model, adapter, guard, template, key or config."""
 
     tenant: Name = ""
@@ -190,7 +190,7 @@ class Change(Record, frozen=True, kw_only=True, omit_defaults=True, tag="change"
     after: Name = ""
 
 
-class Integrity(Record, frozen=True, kw_only=True, omit_defaults=True, tag="integrity"):
+class Integrity(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="integrity"):
     """The collector tells on itself: a record too large to send, a refused batch, a journal that was damaged."""
 
     tenant: Name = ""
@@ -229,6 +229,21 @@ def decode(raw: bytes) -> AnyRecord:
     if _major(record.schema_version) > SCHEMA_MAJOR:
         raise _newer(record.schema_version)
     return record
+
+
+def decode_all(raws: Sequence[bytes]) -> list[AnyRecord | BadEvent]:
+    """What `decode` gives or raises for each of `raws`, in less time."""
+    records: list[AnyRecord | BadEvent] = []
+    decode_one, add = _decoder.decode, records.append
+    for raw in raws:
+        try:
+            record = decode_one(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            add(_refusal(raw, error))
+        else:
+            version = record.schema_version
+            add(record if version == SCHEMA_VERSION or _major(version) <= SCHEMA_MAJOR else _newer(version))
+    return records
 
 
 def _refusal(raw: bytes, error: Exception) -> BadEvent:

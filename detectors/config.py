@@ -176,7 +176,7 @@ class ProbingConfig(_Table):
         0.95, gt=0, le=1, description="Estimated Jaccard similarity from which two prompts are one."
     )
     prompts_max: int = Field(16, ge=1, le=64, description="Recent prompts remembered an entity with evidence.")
-    entities_max: int = Field(200_000, ge=2, description="Users and sessions remembered a partition.")
+    suspects_max: int = Field(50_000, ge=2, description="Users with evidence against them, a partition.")
     idle_s: int = Field(30 * 86_400, ge=60, description="A user or session unseen for longer is forgotten.")
 
 
@@ -204,6 +204,11 @@ class DetectConfig(_Table):
     enabled: bool = True
     platform_tenant: str = Field(
         "platform", min_length=1, max_length=64, description="Tenant of findings about the pipeline itself."
+    )
+    entities_max: int = Field(
+        1_000_000,
+        ge=100,
+        description="Users remembered a partition; then the longest unseen is forgotten, last those with evidence.",
     )
     contributors_max: int = Field(32, ge=4, le=1_024, description="Users told apart a second, key and measure.")
     pending_rollups_max: int = Field(

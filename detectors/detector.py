@@ -1,15 +1,15 @@
 """What a detector is: a card that says what it means, a half for stage 1 and a half for stage 2.
 
-Stage 1 runs once per partition of iw.events and sees events in the order (timestamp, event_id); what it says about a
-whole tenant it says in `Cells`, which add over partitions. A user's events are all in one partition, so what concerns
-one user may be decided there, as a `Signal`. Stage 2 sees merged seconds and raises `Alarm`s; `lifecycle.py` makes
-findings of them. Neither half reads a clock, draws randomness or does I/O.
+Stage 1 runs once per partition of iw.events and sees events in the order (timestamp, event_id), many at a time. What it
+says about a whole tenant it says in a `Partial` for each second; these add over partitions. A user's events are all in
+one partition, so what concerns one user may be decided there, as a `Signal`. Stage 2 sees merged seconds and raises
+`Alarm`s; `lifecycle.py` makes findings of them. Neither half reads a clock, draws randomness or does I/O.
 
 A new detector is one file with a `Detector` in it, a line in `catalogue.py`, and one test file.
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -17,8 +17,11 @@ from msgspec import Struct
 from collector.event import AnyRecord, AuditEvent, Record
 from detectors.config import DetectConfig
 from detectors.finding import Confidence, Contributor, Entity, Severity, Statistic
-from detectors.rollup import Cell, Sample, Signal
-from detectors.time import Taken
+from detectors.rollup import Cell, Partial, Sample, Signal
+
+if TYPE_CHECKING:
+    from detectors.chunk import Chunk
+    from detectors.registry import Registry
 
 
 class Alarm(Struct, frozen=True, kw_only=True):
@@ -47,48 +50,22 @@ class Alarm(Struct, frozen=True, kw_only=True):
     """What to read again, where it is not the episode's own time; for all detectors and tenants."""
 
 
-class Cells:
-    """The open second's sums of one partition, by (tenant, detector, key)."""
-
-    __slots__ = ("_cells", "partition")
-
-    def __init__(self, partition: int) -> None:
-        self.partition = partition
-        self._cells: dict[tuple[str, str, str], Cell] = {}
-
-    def cell(self, tenant: str, kind: str, key: str, offset: int) -> Cell:
-        """The sums of this key; `offset` is that of the event that adds to it."""
-        name = (tenant, kind, key)
-        cell = self._cells.get(name)
-        if cell is None:
-            cell = self._cells[name] = Cell()
-            cell.low = cell.high = offset
-        elif offset > cell.high:
-            cell.high = offset
-        elif offset < cell.low:
-            cell.low = offset
-        return cell
-
-    def drain(self) -> list[tuple[tuple[str, str, str], Cell]]:
-        """All of them in order of key, leaving none."""
-        cells = sorted(self._cells.items(), key=lambda item: item[0])
-        self._cells = {}
-        return cells
-
-
 class StageOne:
-    """A detector's half in one partition. Every method does nothing until a detector says otherwise."""
+    """A detector's half in one partition; what it keeps in columns of the registry is saved there.
+
+    Every method does nothing until a detector says otherwise.
+    """
 
     @property
     def counters(self) -> dict[str, int]:
         """What was counted, by name."""
         return {}
 
-    def event(self, taken: Taken, cells: Cells) -> None:
-        """One event, in order of (timestamp, event_id)."""
+    def events(self, chunk: "Chunk") -> Iterable[Partial | Signal]:  # noqa: ARG002 a default
+        """The events of some whole seconds in order: what each second of them showed, in any order.
 
-    def close(self, second: int) -> Iterable[Signal]:  # noqa: ARG002 a default
-        """The second is over: what it showed about single entities, at most one signal a key."""
+        At most one signal a key and second.
+        """
         return ()
 
     def snapshot(self) -> bytes:
@@ -146,8 +123,9 @@ class Detector(Struct, frozen=True, kw_only=True):
 
     card: Card
     enabled: Callable[[DetectConfig], bool]
-    stage_one: Callable[[DetectConfig], StageOne] | None
-    """None where the engine itself feeds stage 2."""
+    stage_one: Callable[[DetectConfig, "Registry"], StageOne] | None
+    """Given the registry of the partition's users, in which it may declare columns. None where the engine itself feeds
+    stage 2."""
     stage_two: Callable[[DetectConfig], StageTwo]
 
 

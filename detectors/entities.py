@@ -41,6 +41,11 @@ class EntityTable(Generic[State]):
             self._make_room(moment_us)
         part[key] = (moment_us, state)
 
+    def drop(self, key: str) -> None:
+        """Forgets it, if it is known."""
+        if self._plain.pop(key, None) is None:
+            self._evident.pop(key, None)
+
     def _make_room(self, moment_us: int) -> None:
         for part in (self._plain, self._evident):
             while part:

@@ -8,6 +8,9 @@ larger ones are counted in the last bucket (in µs that is 51 days). Only intege
 import math
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 Histogram = dict[int, int]
 """Bucket to count."""
 VALUE_MAX: Final = 2**42 - 1
@@ -21,6 +24,14 @@ def bucket_of(value: int) -> int:
     value = min(value, VALUE_MAX)
     shift = value.bit_length() - SUB_BITS - 1
     return (shift << SUB_BITS) + (value >> shift)
+
+
+def buckets_of(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`bucket_of` of many values at once."""
+    values = np.clip(values, 0, VALUE_MAX)
+    bits = np.frexp(values.astype(np.float64))[1].astype(np.int64)
+    shift = np.maximum(bits - SUB_BITS - 1, 0)
+    return np.where(values < 16, values, (shift << SUB_BITS) + (values >> shift))
 
 
 def lower_edge(bucket: int) -> int:

@@ -23,17 +23,20 @@ import math
 from typing import Final
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
+from detectors.chunk import Chunk, Groups, bits
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, contributors
+from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, contributors
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Statistic
-from detectors.histogram import bucket_of, quantile, upper_tail
-from detectors.rollup import Cell, earliest, first, merge_offsets
+from detectors.histogram import quantile, upper_tail
+from detectors.rollup import Cell, Partial, Signal, earliest, first, merge_offsets
 from detectors.strata import STRATA_MAX, Step, Stratum, above, known, standardised, teach
-from detectors.time import SECOND_US, Taken
+from detectors.time import SECOND_US
 
 NAME: Final = "latency"
+METRICS: Final = ("total", "ttft", "queue", "per_token")
 STEPS: Final = 5
 """Steps in a window."""
 STEPS_MAX: Final = 60
@@ -45,30 +48,35 @@ WEEK_S: Final = 7 * 86_400
 
 
 class LatencyOne(StageOne):
-    """Sorts answered calls into strata."""
+    """Sorts answered calls into strata. Whose prompts they were is told once a model, under the empty stratum."""
 
-    def event(self, taken: Taken, cells: Cells) -> None:
-        event = taken.event
-        if event.status != "ok":
-            return
-        stratum = f"{event.prompt_tokens.bit_length() // 2}.{event.response_tokens.bit_length() // 2}"
-        cell = cells.cell(event.tenant, NAME, f"{event.model_version}\n{stratum}", taken.offset)
-        if not cell.counts:
-            cell.counts["calls"] = 0
-            cell.histograms["total"] = {}
-            cell.weights["prompt_tokens"] = {}
-        cell.counts["calls"] += 1
-        _put(cell, "total", event.latency_ms)
-        if event.ttft_ms is not None:
-            _put(cell, "ttft", event.ttft_ms)
-        if event.queue_ms is not None:
-            _put(cell, "queue", event.queue_ms)
-        if event.ms_per_output_token is not None:
-            _put(cell, "per_token", event.ms_per_output_token)
-        users = cell.weights["prompt_tokens"]
-        user = event.user_id or actor(event)
-        users[user] = users.get(user, 0) + event.prompt_tokens
-        cell.samples.append((taken.moment_us, event.event_id))
+    def __init__(self, config: DetectConfig) -> None:
+        self._users_max = config.contributors_max
+
+    def events(self, chunk: Chunk) -> list[Partial | Signal]:
+        columns = chunk.columns
+        rows = np.flatnonzero(columns.ok)
+        if not len(rows):
+            return []
+        step, kind = chunk.step[rows], columns.kind[rows]
+        prompt, answer = bits(columns.prompt_tokens) // 2, bits(columns.response_tokens) // 2
+        strata = Groups(rows, step, kind, prompt[rows], answer[rows])
+        metrics = [
+            strata.histograms(values * 1_000)
+            for values in (columns.latency_ms, columns.ttft_ms, columns.queue_ms, columns.ms_per_output_token)
+        ]
+        shapes = zip(strata.firsts(prompt), strata.firsts(answer), strict=True)
+        told: list[Partial | Signal] = []
+        for number, (place, shape) in enumerate(zip(strata.places(chunk, NAME), shapes, strict=True)):
+            histograms = {name: found[number] for name, found in zip(METRICS, metrics, strict=True) if found[number]}
+            key = f"{place.model}\n{shape[0]}.{shape[1]}"
+            told.append(place.partial(key, counts={"calls": place.size}, histograms=histograms))
+        models = Groups(rows, step, kind)
+        heaviest = models.heaviest(chunk, columns.prompt_tokens, self._users_max)
+        for number, place in enumerate(models.places(chunk, NAME)):
+            samples = chunk.samples(models.members(number))
+            told.append(place.partial(f"{place.model}\n", weights={"prompt_tokens": heaviest[number]}, samples=samples))
+        return told
 
 
 class KeyState(Struct):
@@ -135,9 +143,11 @@ class LatencyTwo(StageTwo):
         if not state.steps or state.steps[-1].index != self._open:
             state.steps.append(Step(self._open))
         step = state.steps[-1]
-        if stratum in step.strata or len(step.strata) < STRATA_MAX:
-            step.strata.setdefault(stratum, Stratum()).absorb(cell)
-        for user, tokens in cell.weights["prompt_tokens"].items():
+        if stratum:
+            if stratum in step.strata or len(step.strata) < STRATA_MAX:
+                step.strata.setdefault(stratum, Stratum()).absorb(cell)
+            return
+        for user, tokens in first(cell.weights["prompt_tokens"], self._users_max).items():
             step.prompt_tokens[user] = step.prompt_tokens.get(user, 0) + tokens
         step.samples = earliest([*step.samples, *cell.samples])
         merge_offsets(step.offsets, cell.offsets)
@@ -312,14 +322,6 @@ class LatencyTwo(StageTwo):
         self._keys = dict(keys)
 
 
-def _put(cell: Cell, metric: str, value_ms: float) -> None:
-    histogram = cell.histograms.get(metric)
-    if histogram is None:
-        histogram = cell.histograms[metric] = {}
-    bucket = bucket_of(int(value_ms * 1_000))
-    histogram[bucket] = histogram.get(bucket, 0) + 1
-
-
 def _cold_start(age_s: int) -> str:
     if age_s < 86_400:
         return "Less than a day of baseline: the daily swing of load is not known yet."
@@ -332,7 +334,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="1",
+        version="2",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[
@@ -343,6 +345,6 @@ DETECTOR: Final = Detector(
         lookback_s=86_400,
     ),
     enabled=lambda config: config.latency.enabled,
-    stage_one=lambda _: LatencyOne(),
+    stage_one=lambda config, _: LatencyOne(config),
     stage_two=LatencyTwo,
 )

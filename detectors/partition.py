@@ -1,16 +1,38 @@
-"""Stage 1 without Kafka or Faust: the log of one partition of iw.events in, rollups out. See `detectors/engine.py`."""
+"""Stage 1 without Kafka or Faust: the log of one partition of iw.events in, rollups out. See `detectors/engine.py`.
+
+Records are taken a thousand at a time: decoded, taken apart into columns, judged by the clock as one run where they are
+ordinary and one by one where not. Detectors see whole closed seconds when `take` or `snapshot` is called. None of that
+shows: any cut of the log gives the same rollups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
 import msgspec
+import numpy as np
+import structlog
 from msgspec import Struct
 
-from collector.event import AnyRecord
+from collector.event import AnyRecord, AuditEvent, BadEvent, Goodbye, Hello, Tick, decode_all, encode, timestamp_us
 from detectors.catalogue import enabled
+from detectors.chunk import Chunk, in_order
+from detectors.columns import Columns, Ints, coded, columns_of, joined, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
-from detectors.detector import Cells, printable
-from detectors.rollup import Marker, Rollup
+from detectors.detector import printable
+from detectors.registry import Registry
+from detectors.rollup import Marker, Partial, Rollup
+from detectors.runs import Run
 from detectors.snapshot import SNAPSHOT_VERSION, BadSnapshot, check
-from detectors.time import ClockState, Flag, PartitionClock
+from detectors.time import NEVER, SECOND_US, ClockState, Flag, PartitionClock
+
+log = structlog.get_logger(__name__)
+
+PIECE_RECORDS: Final = 1_024
+"""Decoded at a time: few enough to stay in the processor's cache until they are columns."""
+SPECIAL: Final = (Hello, Goodbye, Tick)
 
 
 class _PartitionState(Struct, array_like=True):
@@ -21,9 +43,26 @@ class _PartitionState(Struct, array_like=True):
     told_through: int | None
     taken_through: int | None
     clock: ClockState
+    registry: bytes
     halves: dict[str, bytes]
     coverage: bytes
     ready: list[Rollup]
+    waiting: list[tuple[int, int, bytes]]
+    """(offset, moment, event as JSON)."""
+    failures: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Decoded records that follow each other, with what the broker says of them."""
+
+    records: list[AnyRecord]
+    raws: list[bytes]
+    append_ms: Ints
+    offsets: Ints
+
+    def cut(self, begin: int, end: int) -> "_Piece":
+        return _Piece(self.records[begin:end], self.raws[begin:end], self.append_ms[begin:end], self.offsets[begin:end])
 
 
 class PartitionEngine:
@@ -35,17 +74,19 @@ class PartitionEngine:
         self._partition = partition
         self._partitions = partitions
         self._clock = PartitionClock(config.time)
+        self._registry = Registry(config.entities_max)
         self._halves = {
-            detector.card.name: detector.stage_one(config)
+            detector.card.name: detector.stage_one(config, self._registry)
             for detector in enabled(config)
             if detector.stage_one is not None
         }
         self._coverage = CoverageOne(config, partition)
-        self._cells = Cells(partition)
+        self._waiting: list[Columns] = []
         self._ready: list[Rollup] = []
         self._told_through: int | None = None
         """The rollups made so far go through this second."""
         self._taken_through: int | None = None
+        self._failures: dict[str, int] = {}
         self.applied_offset = -1
 
     @property
@@ -56,10 +97,36 @@ class PartitionEngine:
     @property
     def counters(self) -> dict[str, int]:
         """What was counted, by name; a detector's own under DETECTOR.NAME."""
-        found = dict(self._clock.counters)
+        found = self._clock.counters | self._failures
+        found |= {f"entities.{name}": value for name, value in self._registry.counters.items()}
+        found["entities.live"] = self._registry.live
         for name, half in self._halves.items():
             found |= {f"{name}.{counter}": value for counter, value in half.counters.items()}
         return found | {f"coverage.{counter}": value for counter, value in self._coverage.counters.items()}
+
+    def observe_log(self, raws: Sequence[bytes], append_ms: Ints, offsets: Ints) -> list[tuple[int, str]]:
+        """Records of the log as they came, in order of offset; what was applied before is passed over.
+
+        `append_ms` is the broker's append time. Returns the indices of what is no record, and why.
+        """
+        begin = int(np.searchsorted(offsets, self.applied_offset, side="right"))
+        refused: list[tuple[int, str]] = []
+        for first in range(begin, len(raws), PIECE_RECORDS):
+            last = min(first + PIECE_RECORDS, len(raws))
+            piece = _Piece([], list(raws[first:last]), append_ms[first:last], offsets[first:last])
+            good: list[int] = []
+            for index, record in enumerate(decode_all(piece.raws)):
+                if isinstance(record, BadEvent):
+                    refused.append((first + index, str(record)))
+                else:
+                    good.append(index)
+                    piece.records.append(record)
+            if len(good) < len(piece.raws):
+                piece.raws = [piece.raws[index] for index in good]
+                piece.append_ms, piece.offsets = piece.append_ms[good], piece.offsets[good]
+            self._piece(piece)
+            self.applied_offset = int(offsets[last - 1])
+        return refused
 
     def observe(self, record: AnyRecord, *, append_ms: int, offset: int) -> Flag:
         """One record of the log, in order of offset. `append_ms` is the broker's append time."""
@@ -67,40 +134,119 @@ class PartitionEngine:
             return "replayed"
         self.applied_offset = offset
         record = printable(record)
+        return self._one(record, encode(record), append_ms, offset)
+
+    def _piece(self, piece: _Piece) -> None:
+        text = b"".join(piece.raws)
+        if not text.isascii() or b"\\" in text or b"\x7f" in text:
+            # Only then can a name hold a character that does not print.
+            cleaned = [printable(record) for record in piece.records]
+            for index, (record, clean) in enumerate(zip(piece.records, cleaned, strict=True)):
+                if record is not clean:
+                    piece.records[index], piece.raws[index] = clean, encode(clean)
+        special = [
+            -1,
+            *(i for i, record in enumerate(piece.records) if isinstance(record, SPECIAL)),
+            len(piece.records),
+        ]
+        for before, after in pairwise(special):
+            if before >= 0:
+                self._one(
+                    piece.records[before], piece.raws[before], int(piece.append_ms[before]), int(piece.offsets[before])
+                )
+            if after - before > 1:
+                self._run(piece.cut(before + 1, after) if len(special) > 2 else piece)
+
+    def _run(self, piece: _Piece) -> None:
+        """Records without a special one among them: at once where the clock can, else one by one."""
+        records = piece.records
+        event = np.array([isinstance(record, AuditEvent) for record in records])
+        moment_us = _moments(records)
+        lane, pairs = coded([(record.collector_id, record.boot) for record in records])
+        lanes = [f"{collector}\n{boot}" for collector, boot in pairs]
+        seq = np.array([record.seq for record in records], np.int64)
+        judged, closed = self._clock.observe_run(Run(lane, lanes, seq, moment_us, event, piece.append_ms))
+        if not judged:
+            for index, record in enumerate(records):
+                self._one(record, piece.raws[index], int(piece.append_ms[index]), int(piece.offsets[index]))
+            return
+        if event.all():
+            self._waiting.append(columns_of(records, piece.raws, piece.offsets, moment_us))  # type: ignore[arg-type]
+        else:
+            mine = np.flatnonzero(event)
+            events = [records[index] for index in mine.tolist()]
+            raws = [piece.raws[index] for index in mine.tolist()]
+            if events:
+                self._waiting.append(columns_of(events, raws, piece.offsets[mine], moment_us[mine]))  # type: ignore[arg-type]
+        if closed is not None:
+            self._closed(closed)
+
+    def _one(self, record: AnyRecord, raw: bytes, append_ms: int, offset: int) -> Flag:
+        before = self._clock.state.closed_through
         flag = self._clock.observe(record, append_ms=append_ms, offset=offset)
+        if flag == "taken" and isinstance(record, AuditEvent):
+            moment_us = np.array([timestamp_us(record.timestamp)], np.int64)
+            self._waiting.append(columns_of([record], [raw], np.array([offset], np.int64), moment_us))
         for trouble in self._clock.troubles():
             self._coverage.trouble(trouble)
-        closed_through = self._clock.state.closed_through
-        if closed_through is not None and closed_through != self._told_through:
-            self._close(closed_through)
+        closed = self._clock.state.closed_through
+        if closed is not None and closed != before:
+            self._closed(closed)
         return flag
+
+    def _closed(self, through: int) -> None:
+        """What the lanes did wrong is told under the second that closed next, so it can't wait for `take`."""
+        self._ready.extend(self._coverage.close(through))
 
     def take(self) -> list[Rollup]:
         """What the seconds closed since the last call gave, a marker last; empty where none closed."""
+        self._judge()
         if self._told_through is None or self._told_through == self._taken_through:
             return []
         ready, self._ready = self._ready, []
         self._taken_through = self._told_through
         return [*ready, Marker(self._topic, self._partition, self._partitions, self._told_through)]
 
-    def _close(self, through: int) -> None:
-        for second, events in self._clock.closed():
-            for taken in events:
-                for half in self._halves.values():
-                    half.event(taken, self._cells)
-            self._flush(second)
-        self._ready.extend(self._coverage.close(through))
+    def _judge(self) -> None:
+        """Hands closed seconds to the detectors."""
+        through = self._clock.state.closed_through
+        if through is None or through == self._told_through:
+            return
         self._told_through = through
+        if not self._waiting:
+            return
+        columns = joined(self._waiting)
+        due = columns.moment_us < (through + 1) * SECOND_US
+        self._waiting = [] if due.all() else [picked(columns, np.flatnonzero(~due))]
+        if due.any():
+            self._tell(in_order(columns if due.all() else picked(columns, np.flatnonzero(due))))
 
-    def _flush(self, second: int) -> None:
-        limit = self._config.contributors_max
-        for name, cell in self._cells.drain():
-            self._ready.append(cell.partial(self._partition, second, name, limit))
-        for half in self._halves.values():
-            self._ready.extend(half.close(second))
+    def _tell(self, columns: Columns) -> None:
+        if self._registry.sure_of_room(len(columns)):
+            self._detect(columns)
+            return
+        seconds = columns.moment_us // SECOND_US
+        cuts = [0, *(np.flatnonzero(np.diff(seconds)) + 1).tolist(), len(columns)]
+        for begin, end in pairwise(cuts):
+            self._detect(picked(columns, np.arange(begin, end)))
+
+    def _detect(self, columns: Columns) -> None:
+        chunk = Chunk(columns, self._partition, self._registry)
+        told: list[Rollup] = []
+        for name, half in self._halves.items():
+            try:
+                told.extend(half.events(chunk))
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                # A fault of one detector is its own: the others go on, and it is told.
+                counter = f"{name}.failed_chunks"
+                self._failures[counter] = self._failures.get(counter, 0) + 1
+                log.exception("a detector failed", detector=name, error=type(error).__name__)
+        told.sort(key=_place)
+        self._ready.extend(told)
 
     def snapshot(self) -> bytes:
         """Everything, as MessagePack. Taken between records."""
+        self._judge()
         state = _PartitionState(
             version=SNAPSHOT_VERSION,
             partition=self._partition,
@@ -109,9 +255,16 @@ class PartitionEngine:
             told_through=self._told_through,
             taken_through=self._taken_through,
             clock=self._clock.state,
+            registry=self._registry.dump(),
             halves={name: half.snapshot() for name, half in self._halves.items()},
             coverage=self._coverage.snapshot(),
             ready=self._ready,
+            waiting=[
+                row
+                for piece in self._waiting
+                for row in zip(piece.offset.tolist(), piece.moment_us.tolist(), piece.raws, strict=True)
+            ],
+            failures=self._failures,
         )
         return _encoder.encode(state)
 
@@ -126,11 +279,33 @@ class PartitionEngine:
         self._told_through = state.told_through
         self._taken_through = state.taken_through
         self._clock.restore(state.clock)
+        self._registry.load(state.registry)
         self._coverage.restore(state.coverage)
-        self._ready = state.ready
+        self._ready, self._failures = state.ready, state.failures
         for name, half in self._halves.items():
             if name in state.halves:
                 half.restore(state.halves[name])
+        self._waiting = []
+        if state.waiting:
+            offsets, moments, raws = zip(*state.waiting, strict=True)
+            events = [event for event in decode_all(raws) if isinstance(event, AuditEvent)]
+            columns = columns_of(events, list(raws), np.array(offsets, np.int64), np.array(moments, np.int64))
+            self._waiting = [columns]
+
+
+def _moments(records: Sequence[AnyRecord]) -> Ints:
+    """Timestamps in µs. A float is exact to the µs until 2038; later ones are taken one by one."""
+    seconds = np.array([record.timestamp.timestamp() for record in records])
+    if seconds.min() < 0 or seconds.max() >= 2**31:
+        return np.array([timestamp_us(record.timestamp) for record in records], np.int64)
+    return np.rint(seconds * 1e6).astype(np.int64)
+
+
+def _place(rollup: Rollup) -> tuple[int, bool, str, str, str]:
+    """By second, partials first, then by whose and what: the order does not depend on the cut."""
+    if isinstance(rollup, Marker):
+        return NEVER, True, "", "", ""
+    return rollup.second, not isinstance(rollup, Partial), rollup.tenant, rollup.kind, rollup.key
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -12,31 +12,43 @@ Without blocks there is no evidence: a guard that stops nothing lets this detect
 Cold start. First day: every client is compared with an assumed 2 %, which costs about five times the false alarms (a
 red-team client, a cron job that is always blocked). First week: clients seen on few days are still close to that.
 
-Memory: about 200 bytes a user, 300 a session with evidence, and at most 16 prompts of 350 bytes a user with evidence.
+Memory: 21 bytes a user; 300 a user and session with evidence, and at most 16 prompts of 350 bytes such a user.
 """
 
 import math
-from typing import Final, TypeAlias
+from itertools import pairwise
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from collector.event import AuditEvent
+from detectors.chunk import Chunk
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, actor_entity, contributors
+from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor, actor_entity, contributors
 from detectors.entities import Dump, EntityTable
 from detectors.finding import Entity, Statistic
 from detectors.prompts import Prompt, prompt_of, seen_before
-from detectors.rollup import Sample, Signal, earliest
-from detectors.time import SECOND_US, Taken
+from detectors.registry import Registry, Rows
+from detectors.rollup import Partial, Sample, Signal, earliest
+from detectors.time import SECOND_US
 
 NAME: Final = "probing"
-DAY_US: Final = 86_400 * SECOND_US
+DAY_S: Final = 86_400
 SESSION_TOLD_US: Final = 3_600 * SECOND_US
 """How long a told session keeps its user from being told for the same thing."""
 COLD_START: Final = "Few prompts on earlier days: compared with an assumed block rate."
 SUM_MAX: Final = 3.0
 """Most evidence kept, in thresholds: how long an episode can outlast its last block is bounded."""
+
+
+class Taken(NamedTuple):
+    """An event and its place."""
+
+    moment_us: int
+    event: AuditEvent
+    offset: int
 
 
 class Suspicion(Struct):
@@ -54,13 +66,8 @@ class Suspicion(Struct):
 
 
 class Client(Struct):
-    """A user: his past, and the evidence against him and his sessions."""
+    """The evidence against a user and his sessions; kept while there is any."""
 
-    day: int
-    past_prompts: int = 0
-    past_blocks: int = 0
-    today_prompts: int = 0
-    today_blocks: int = 0
     whole: Suspicion | None = None
     sessions: dict[str, Suspicion] = {}
     known: list[Prompt] = []
@@ -69,49 +76,87 @@ class Client(Struct):
 
 SESSIONS_MAX: Final = 32
 """Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
+UNDER_SUSPICION: Final = 1
 
 
 class ProbingOne(StageOne):
-    """All of it: a user's requests are all in one partition."""
+    """All of it: a user's requests are all in one partition.
 
-    def __init__(self, config: DetectConfig) -> None:
+    Most users have no evidence against them: their prompts are only counted, in columns, all at once."""
+
+    def __init__(self, config: DetectConfig, registry: Registry) -> None:
         self._config = config.probing
-        self._clients: EntityTable[Client] = EntityTable(self._config.entities_max, self._config.idle_s * SECOND_US)
-        self._signals: dict[str, Signal] = {}
+        self._registry = registry
+        self._suspects: EntityTable[Client] = EntityTable(self._config.suspects_max, self._config.idle_s * SECOND_US)
+        self._day = registry.column(f"{NAME}.day", np.uint32)
+        self._past_prompts = registry.column(f"{NAME}.past_prompts", np.uint32)
+        self._past_blocks = registry.column(f"{NAME}.past_blocks", np.uint32)
+        self._prompts = registry.column(f"{NAME}.prompts", np.uint32)
+        self._blocks = registry.column(f"{NAME}.blocks", np.uint32)
+        self._flag = registry.column(f"{NAME}.flag", np.uint8)
 
     @property
     def counters(self) -> dict[str, int]:
-        return self._clients.counters | {"clients": len(self._clients)}
+        return self._suspects.counters | {"suspects": len(self._suspects)}
 
-    def event(self, taken: Taken, cells: Cells) -> None:
-        event = taken.event
-        who = event.user_id or actor(event)
-        if not event.guardrail_results or not who:
+    def events(self, chunk: Chunk) -> list[Partial | Signal]:
+        told: list[Partial | Signal] = []
+        day = np.clip(chunk.second // DAY_S, 1, 2**32 - 1)
+        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(day)) + 1).tolist(), len(chunk)]):
+            told += self._of_a_day(chunk, begin, end, int(day[begin]))
+        return told
+
+    def _of_a_day(self, chunk: Chunk, begin: int, end: int, day: int) -> list[Partial | Signal]:
+        rows = np.arange(begin, end)
+        rows = rows[chunk.columns.judged[begin:end] & (chunk.entity[begin:end] >= 0)]
+        entity = chunk.entity[rows]
+        self._turn(np.unique(entity), day)
+        closer = (self._flag.values[entity] == UNDER_SUSPICION) | np.isin(entity, entity[chunk.columns.blocked[rows]])
+        np.add.at(self._prompts.values, entity[~closer], 1)
+        signals: dict[tuple[int, str, str], Signal] = {}
+        for row in rows[closer].tolist():
+            self._judge(chunk, row, signals)
+        return list(signals.values())
+
+    def _turn(self, entity: Rows, day: int) -> None:
+        """A new day for those who were last seen on another."""
+        entity = entity[self._day.values[entity] != day]
+        self._past_prompts.values[entity] += self._prompts.values[entity]
+        self._past_blocks.values[entity] += self._blocks.values[entity]
+        self._prompts.values[entity] = self._blocks.values[entity] = 0
+        self._day.values[entity] = day
+
+    def _judge(self, chunk: Chunk, row: int, signals: dict[tuple[int, str, str], Signal]) -> None:
+        """One request of a user who is under suspicion, or was blocked in this chunk."""
+        entity = int(chunk.entity[row])
+        suspected = self._flag.values[entity] == UNDER_SUSPICION
+        if not suspected and not chunk.columns.blocked[row]:
+            self._prompts.values[entity] += 1
             return
-        name = f"{event.tenant}\n{who}"
-        client = self._clients.get(name)
-        day = taken.moment_us // DAY_US
-        if client is None:
-            client = Client(day)
-        elif day > client.day:
-            client.past_prompts += client.today_prompts
-            client.past_blocks += client.today_blocks
-            client.day, client.today_prompts, client.today_blocks = day, 0, 0
-        if client.whole is None and not event.blocked:
-            client.today_prompts += 1
+        event = chunk.event(row)
+        name = f"{event.tenant}\n{actor(event)}"
+        client = (self._suspects.get(name) if suspected else None) or Client()
+        taken = Taken(int(chunk.columns.moment_us[row]), event, int(chunk.columns.offset[row]))
+        self._suspect(client, entity, taken, chunk.partition, signals)
+        self._flag.values[entity] = UNDER_SUSPICION if client.whole is not None else 0
+        if client.whole is None:
+            self._suspects.drop(name)
         else:
-            self._suspect(client, taken, cells.partition)
-        self._clients.put(name, taken.moment_us, client, evident=client.whole is not None)
+            self._registry.suspect(entity, taken.moment_us // SECOND_US + 4 * self._config.half_life_s)
+            self._suspects.put(name, taken.moment_us, client, evident=True)
 
-    def _suspect(self, client: Client, taken: Taken, partition: int) -> None:
-        event, moment_us = taken.event, taken.moment_us
+    def _suspect(
+        self, client: Client, entity: int, taken: Taken, partition: int, signals: dict[tuple[int, str, str], Signal]
+    ) -> None:
+        event = taken.event
         prompt = prompt_of(event)
         new = not seen_before(prompt, client.known, self._config.same_prompt)
         if new:
             client.known = [*client.known, prompt][-self._config.prompts_max :]
-            client.today_prompts += 1
-            client.today_blocks += event.blocked
-        gain = self._gain(client, blocked=event.blocked) if new else 0.0
+            self._prompts.values[entity] += 1
+            self._blocks.values[entity] += event.blocked
+        past = int(self._past_prompts.values[entity]), int(self._past_blocks.values[entity])
+        gain = self._gain(*past, blocked=event.blocked) if new else 0.0
         client.whole = self._step(client.whole, taken, gain, new=new)
         if event.session_id:
             session = self._step(client.sessions.pop(event.session_id, None), taken, gain, new=new)
@@ -122,16 +167,19 @@ class ProbingOne(StageOne):
         elif len(client.sessions) > SESSIONS_MAX:
             del client.sessions[min(client.sessions, key=lambda name: (client.sessions[name].sum, name))]
         if new and event.blocked:
-            self._tell(client, event, moment_us, partition)
+            told = self._tell(client, taken, past, partition)
+            if told is not None:
+                signals[told.second, told.tenant, told.key] = told
 
-    def _rate(self, client: Client) -> float:
+    def _rate(self, prompts: int, blocks: int) -> float:
         """The client's own block rate on days before today, at least the assumed one."""
         config = self._config
-        blocks = client.past_blocks + config.prior_rate * config.prior_prompts
-        return max(config.prior_rate, blocks / (client.past_prompts + config.prior_prompts))
+        return max(
+            config.prior_rate, (blocks + config.prior_rate * config.prior_prompts) / (prompts + config.prior_prompts)
+        )
 
-    def _gain(self, client: Client, *, blocked: bool) -> float:
-        usual = min(self._rate(client), 0.9)
+    def _gain(self, prompts: int, blocks: int, *, blocked: bool) -> float:
+        usual = min(self._rate(prompts, blocks), 0.9)
         attack = min(max(self._config.attack_rate, 2.5 * usual), 0.95)
         return math.log(attack / usual) if blocked else math.log((1 - attack) / (1 - usual))
 
@@ -155,27 +203,27 @@ class ProbingOne(StageOne):
             suspicion.samples = earliest([*suspicion.samples, (moment_us, event.event_id)])
         return suspicion
 
-    def _tell(self, client: Client, event: AuditEvent, moment_us: int, partition: int) -> None:
-        threshold = self._config.threshold
+    def _tell(self, client: Client, taken: Taken, past: tuple[int, int], partition: int) -> Signal | None:
+        threshold, event = self._config.threshold, taken.event
         session = client.sessions.get(event.session_id)
         if session is not None and session.sum >= threshold:
-            client.session_told_us = moment_us
+            client.session_told_us = taken.moment_us
             entity = Entity(kind="session", id=f"{actor(event)}/{event.session_id}")
-            self._signal(client, session, entity, event, partition)
-            return
-        told = client.session_told_us and moment_us - client.session_told_us <= SESSION_TOLD_US
+            return self._signal(session, entity, event, past, partition)
+        told = client.session_told_us and taken.moment_us - client.session_told_us <= SESSION_TOLD_US
         if not told and client.whole is not None and client.whole.sum >= threshold:
-            self._signal(client, client.whole, actor_entity(actor(event)), event, partition)
+            return self._signal(client.whole, actor_entity(actor(event)), event, past, partition)
+        return None
 
-    def _signal(self, client: Client, seen: Suspicion, entity: Entity, event: AuditEvent, partition: int) -> None:
-        key = f"{entity.kind}\n{entity.id}"
-        rate = self._rate(client)
-        self._signals[f"{event.tenant}\n{key}"] = Signal(
+    def _signal(
+        self, seen: Suspicion, entity: Entity, event: AuditEvent, past: tuple[int, int], partition: int
+    ) -> Signal:
+        return Signal(
             partition=partition,
             second=seen.last_us // SECOND_US,
             tenant=event.tenant,
             kind=NAME,
-            key=key,
+            key=f"{entity.kind}\n{entity.id}",
             entity=entity,
             model=event.model_version,
             first_seen_us=seen.start_us,
@@ -186,24 +234,19 @@ class ProbingOne(StageOne):
                 "prompts": seen.prompts,
                 "distinct": seen.distinct,
                 "blocks": seen.blocked,
-                "own_rate_ppm": round(rate * 1e6),
-                "past_prompts": client.past_prompts,
+                "own_rate_ppm": round(self._rate(*past) * 1e6),
+                "past_prompts": past[0],
             },
             samples=list(seen.samples),
             first_offset=seen.first_offset,
             last_offset=seen.last_offset,
         )
 
-    def close(self, second: int) -> list[Signal]:  # noqa: ARG002 every signal carries its second
-        signals = [self._signals[key] for key in sorted(self._signals)]
-        self._signals = {}
-        return signals
-
     def snapshot(self) -> bytes:
-        return _encoder.encode(self._clients.dump())
+        return _encoder.encode(self._suspects.dump())
 
     def restore(self, raw: bytes) -> None:
-        self._clients.load(_decoder.decode(raw))
+        self._suspects.load(_decoder.decode(raw))
 
 
 class ProbingTwo(StageTwo):
@@ -258,7 +301,7 @@ _decoder = msgspec.msgpack.Decoder(_Clients)
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="1",
+        version="2",
         atlas=["AML.T0051.000", "AML.T0054", "AML.T0040"],
         owasp=["LLM01"],
         runbook=[

@@ -19,12 +19,11 @@ from detectors.finding import EVENT_IDS_MAX, Entity, OffsetRange
 Name = Annotated[str, Meta(max_length=1024)]
 Sample = tuple[int, str]
 """(timestamp in µs, event_id): the order in which samples are chosen."""
-Extreme = tuple[int, str, str]
-"""(value, entity id, event_id): the largest values of a second, with whose they are."""
+Extreme = tuple[int, int, str, str]
+"""(value, timestamp in µs, entity id, event_id): the largest values of a second, with whose they are."""
 
 
-CellName = tuple[str, str, str]
-"""(tenant, detector, key)."""
+EXTREMES_MAX: Final = 8
 
 
 class Partial(Struct, frozen=True, array_like=True, tag="partial"):
@@ -128,9 +127,9 @@ def add_all(into: dict[int, int], other: dict[int, int]) -> None:
 
 
 class Cell:
-    """The sums of one key while its second is open (stage 1), or of several partitions and seconds (stage 2)."""
+    """The sums of one key over all partitions, of one second."""
 
-    __slots__ = ("counts", "extremes", "high", "histograms", "low", "offsets", "samples", "weights")
+    __slots__ = ("counts", "extremes", "histograms", "offsets", "samples", "weights")
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -138,22 +137,11 @@ class Cell:
         self.weights: dict[str, dict[str, int]] = {}
         self.extremes: list[Extreme] = []
         self.samples: list[Sample] = []
-        self.low = self.high = 0
-        """First and last offset of the one partition of stage 1."""
         self.offsets: dict[int, tuple[int, int]] = {}
-        """In stage 2: partition to first and last offset."""
+        """Partition to first and last offset."""
 
-    def count(self, name: str, by: int = 1) -> None:
-        self.counts[name] = self.counts.get(name, 0) + by
-
-    def weigh(self, name: str, entity_id: str, by: int) -> None:
-        weights = self.weights.get(name)
-        if weights is None:
-            weights = self.weights[name] = {}
-        weights[entity_id] = weights.get(entity_id, 0) + by
-
-    def absorb(self, other: Partial, limit: int) -> None:
-        """Adds another partition; of weights and extremes `limit` are kept."""
+    def absorb(self, other: Partial) -> None:
+        """Adds another partition. Weights are all kept: whoever reads them takes the `first` of the union."""
         for name, count in other.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         for name, histogram in other.histograms.items():
@@ -162,29 +150,9 @@ class Cell:
             mine = self.weights.setdefault(name, {})
             for entity_id, weight in weights.items():
                 mine[entity_id] = mine.get(entity_id, 0) + weight
-            if len(mine) > limit:
-                self.weights[name] = first(mine, limit)
-        self.extremes = largest([*self.extremes, *other.extremes], limit) if other.extremes else self.extremes
+        self.extremes = largest([*self.extremes, *other.extremes]) if other.extremes else self.extremes
         self.samples = earliest([*self.samples, *other.samples]) if other.samples else self.samples
         merge_offsets(self.offsets, {other.partition: (other.first_offset, other.last_offset)})
-
-    def partial(self, partition: int, second: int, name: CellName, limit: int) -> Partial:
-        """The wire form, in an order that does not depend on arrival."""
-        tenant, kind, key = name
-        return Partial(
-            partition=partition,
-            second=second,
-            tenant=tenant,
-            kind=kind,
-            key=key,
-            counts=dict(sorted(self.counts.items())),
-            histograms={name: dict(sorted(self.histograms[name].items())) for name in sorted(self.histograms)},
-            weights={name: first(self.weights[name], limit) for name in sorted(self.weights)},
-            extremes=largest(self.extremes, limit),
-            samples=earliest(self.samples),
-            first_offset=self.low,
-            last_offset=self.high,
-        )
 
 
 def earliest(samples: Iterable[Sample]) -> list[Sample]:
@@ -192,9 +160,9 @@ def earliest(samples: Iterable[Sample]) -> list[Sample]:
     return heapq.nsmallest(EVENT_IDS_MAX, set(samples))
 
 
-def largest(extremes: Iterable[Extreme], limit: int) -> list[Extreme]:
-    """The `limit` largest values; ties by entity and event."""
-    return sorted(extremes, key=lambda extreme: (-extreme[0], extreme[1], extreme[2]))[:limit]
+def largest(extremes: Iterable[Extreme]) -> list[Extreme]:
+    """The eight largest values; of equal ones the earliest, by (timestamp, event_id)."""
+    return sorted(extremes, key=lambda extreme: (-extreme[0], extreme[1], extreme[3]))[:EXTREMES_MAX]
 
 
 def merge_offsets(into: dict[int, tuple[int, int]], other: dict[int, tuple[int, int]]) -> None:

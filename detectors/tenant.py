@@ -145,7 +145,7 @@ class TenantEngine:
                 signals.append(rollup)
                 continue
             cells = merged.setdefault(rollup.kind, {})
-            cells.setdefault((rollup.tenant, rollup.key), Cell()).absorb(rollup, self._config.contributors_max)
+            cells.setdefault((rollup.tenant, rollup.key), Cell()).absorb(rollup)
         alarms: list[tuple[str, Alarm]] = []
         for name, half in self._halves.items():
             rows = [(*key, cell) for key, cell in sorted(merged.get(name, {}).items(), key=_by_key)]

@@ -1,10 +1,10 @@
-"""The clock of one partition: which records count, and which seconds are closed. Rules T4 to T8.
+"""The clock of one partition: which records count, and which seconds are closed. Rules T4 to T8, record by record.
 
 Nothing here reads a wall clock. The answer depends on the partition's log alone: records, append times, offsets. So
 whoever reads the same log closes the same seconds with the same events, whatever the batches and restarts.
 
-Memory: `lanes_max` lanes of about 200 bytes, and the events of seconds not yet closed, at most `pending_events_max`.
-What a crash loses: nothing that reading again from the offset of the last snapshot does not bring back.
+The clock counts the events that wait, its caller keeps them. Memory: `lanes_max` lanes of about 200 bytes. What a crash
+loses: nothing that reading again from the offset of the last snapshot does not bring back.
 """
 
 from typing import Final, Literal
@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from collector.event import AnyRecord, AuditEvent, Goodbye, Hello, Tick, timestamp_us
 from detectors.config import TimeConfig
+from detectors.runs import Run, judge
 
 Flag = Literal["taken", "duplicate", "late", "quarantined", "control", "replayed"]
 """What became of a record. `replayed`: its offset was applied before; only engines that restored a snapshot say so."""
@@ -32,14 +33,6 @@ class Lane(Struct):
     moved_ms: int = 0
     """The partition's clock when the promise last moved."""
     live: bool = False
-
-
-class Taken(Struct, frozen=True, array_like=True):
-    """An event that waits for its second to close."""
-
-    moment_us: int
-    event: AuditEvent
-    offset: int
 
 
 class Trouble(Struct, frozen=True, array_like=True):
@@ -64,12 +57,22 @@ class ClockState(Struct):
     closed_through: int | None = None
     pending_count: int = 0
     lanes: dict[str, Lane] = {}
-    pending: dict[int, list[Taken]] = {}
+    pending: dict[int, int] = {}
+    """How many events wait for each second that is not closed."""
     counters: dict[str, int] = {}
+
+    def move(self, watermark_us: int) -> None:
+        """The watermark never goes back, so neither does what is closed."""
+        self.watermark_us = watermark_us
+        through = watermark_us // SECOND_US - 1
+        if through != self.closed_through:
+            self.closed_through = through
+            for second in [waiting for waiting in self.pending if waiting <= through]:
+                self.pending_count -= self.pending.pop(second)
 
 
 class PartitionClock:
-    """Judges records one by one and hands out closed seconds."""
+    """Judges records one by one and says which seconds are closed."""
 
     def __init__(self, config: TimeConfig) -> None:
         self._config = config
@@ -109,17 +112,10 @@ class PartitionClock:
         self._advance()
         return flag
 
-    def closed(self) -> list[tuple[int, list[Taken]]]:
-        """Seconds closed since the last call that have events, oldest first, each sorted by (timestamp, event_id)."""
-        through = self.state.closed_through
-        if through is None or not self.state.pending:
-            return []
-        ready = sorted(second for second in self.state.pending if second <= through)
-        seconds = [(second, self.state.pending.pop(second)) for second in ready]
-        for _, events in seconds:
-            self.state.pending_count -= len(events)
-            events.sort(key=lambda taken: (taken.moment_us, taken.event.event_id))
-        return seconds
+    def observe_run(self, run: Run) -> tuple[bool, int | None]:
+        """Judges ordinary records at once, all of them "taken" or "control"; see `detectors.runs.judge`."""
+        self._least = None
+        return judge(run, self.state, self._config)
 
     def troubles(self) -> list[Trouble]:
         """Holes, late and quarantined records since the last call, in order of offset."""
@@ -171,7 +167,7 @@ class PartitionClock:
         if self.state.closed_through is not None and second <= self.state.closed_through:
             self._tell("late", event, moment_us, offset)
             return "late"
-        self.state.pending.setdefault(second, []).append(Taken(moment_us, event, offset))
+        self.state.pending[second] = self.state.pending.get(second, 0) + 1
         self.state.pending_count += 1
         return "taken"
 
@@ -223,22 +219,15 @@ class PartitionClock:
                 least = self._least = min(live, key=lambda lane: lane.promise_us)
         promise_us = least.promise_us if least is not None else state.tick_us
         if promise_us > state.watermark_us:
-            self._move(promise_us)
+            self.state.move(promise_us)
         if state.pending_count > self._config.pending_events_max:
             self._force()
-
-    def _move(self, watermark_us: int) -> None:
-        """The watermark never goes back, so neither does what is closed."""
-        self.state.watermark_us = watermark_us
-        self.state.closed_through = watermark_us // SECOND_US - 1
 
     def _force(self) -> None:
         """The limit on waiting events: their oldest second closes now. Decided by the log alone, so replays agree."""
         state = self.state
-        waiting = [second for second in state.pending if state.closed_through is None or second > state.closed_through]
-        if waiting:
-            self._move((min(waiting) + 1) * SECOND_US)
-            state.counters["forced_seconds"] = state.counters.get("forced_seconds", 0) + 1
+        self.state.move((min(state.pending) + 1) * SECOND_US)
+        state.counters["forced_seconds"] = state.counters.get("forced_seconds", 0) + 1
 
     def _tell(self, problem: Problem, record: AnyRecord, moment_us: int, offset: int, lost: int = 1) -> None:
         self._troubles.append(

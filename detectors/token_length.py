@@ -19,15 +19,19 @@ import math
 from typing import Final
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
+from detectors.chunk import Chunk, Groups, bits
+from detectors.columns import Ints
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Card, Cells, Detector, StageOne, StageTwo, actor, actor_entity, contributors
+from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor, actor_entity, contributors
 from detectors.entities import Dump, EntityTable
 from detectors.finding import Statistic
 from detectors.histogram import Histogram, at_least, bucket_of, halve, lower_edge, total
-from detectors.rollup import Cell, Sample, add_all, earliest, merge_offsets
-from detectors.time import SECOND_US, Taken
+from detectors.registry import Registry, Rows
+from detectors.rollup import EXTREMES_MAX, Cell, Extreme, Partial, Sample, Signal, add_all, earliest, merge_offsets
+from detectors.time import SECOND_US
 
 NAME: Final = "token_length"
 RARE: Final = 1e-3
@@ -37,7 +41,7 @@ EXPONENT: Final = 0.9
 """Solves E[exp(x gain)] = 1 for gains of Exp(1) with chance 1/1000 less .01: 1 / (1 - x) = 10."""
 WEEK_S: Final = 7 * 86_400
 COMPLETIONS_A_WEEK_MIN: Final = 10_000.0
-CHUNK_S: Final = 10
+BATCH_S: Final = 10
 ADOPT_S: Final = 86_400
 """Age at which even rare completions enter the baseline."""
 BASELINE_MAX: Final = 200_000
@@ -50,28 +54,68 @@ TAIL_SCALE_MIN: Final = 0.2
 
 
 class TokenLengthOne(StageOne):
-    """Counts lengths; the longest of a second go along with whose they are."""
+    """Counts lengths. The longest of a second go along with whose they are, and with how many completions their users
+    had since they were last told, which under the empty bucket: that is what evidence must be weighed against."""
 
-    def event(self, taken: Taken, cells: Cells) -> None:
-        event = taken.event
-        if event.status != "ok" or not event.response_tokens:
-            return
-        tokens = event.response_tokens // max(event.n, 1)
-        limit = event.max_tokens.bit_length()
-        key = f"{event.model_version}\n{event.prompt_tokens.bit_length() // 2}.{limit}"
-        cell = cells.cell(event.tenant, NAME, key, taken.offset)
-        if not cell.counts:
-            cell.counts["completions"] = 0
-            cell.histograms["tokens"] = {}
-            cell.weights["completions"] = {}
-        cell.counts["completions"] += 1
-        lengths = cell.histograms["tokens"]
-        bucket = bucket_of(tokens)
-        lengths[bucket] = lengths.get(bucket, 0) + 1
-        user = event.user_id or actor(event)
-        users = cell.weights["completions"]
-        users[user] = users.get(user, 0) + 1
-        cell.extremes.append((tokens, user, event.event_id))
+    def __init__(self, registry: Registry) -> None:
+        self._since = registry.column(f"{NAME}.since", np.uint32)
+
+    def events(self, chunk: Chunk) -> list[Partial | Signal]:
+        columns = chunk.columns
+        rows = np.flatnonzero(columns.ok & (columns.response_tokens > 0))
+        if not len(rows):
+            return []
+        tokens = columns.response_tokens // columns.choices
+        prompt, limit = bits(columns.prompt_tokens) // 2, bits(columns.max_tokens)
+        cells = Groups(rows, chunk.step[rows], columns.kind[rows], prompt[rows], limit[rows])
+        lengths, longest = cells.histograms(tokens), cells.largest(tokens, EXTREMES_MAX)
+        buckets = zip(cells.firsts(prompt), cells.firsts(limit), strict=True)
+        told: list[Partial | Signal] = []
+        for number, (place, bucket) in enumerate(zip(cells.places(chunk, NAME), buckets, strict=True)):
+            extremes = [_extreme(chunk, tokens, row) for row in longest[number]]
+            key = f"{place.model}\n{bucket[0]}.{bucket[1]}"
+            counts = {"completions": place.size}
+            told.append(place.partial(key, counts=counts, histograms={"tokens": lengths[number]}, extremes=extremes))
+        return told + self._weights(chunk, rows, np.array(sorted(row for found in longest for row in found), np.int64))
+
+    def _weights(self, chunk: Chunk, rows: Rows, told_rows: Rows) -> list[Partial | Signal]:
+        """Completions of each user who is told, since the last time: his events up to the end of the second."""
+        named = rows[chunk.entity[rows] >= 0]
+        users = Groups(named, chunk.entity[named])
+        mine = told_rows[chunk.entity[told_rows] >= 0]
+        seconds = Groups(mine, chunk.entity[mine], chunk.step[mine])
+        steps = int(chunk.step[-1]) + 1
+        code = chunk.entity[users.rows] * steps + chunk.step[users.rows]
+        begin = dict(zip(users.firsts(chunk.entity), users.starts.tolist(), strict=True))
+        since = self._since.values
+        due: dict[tuple[int, int], dict[str, int]] = {}
+        counted: dict[int, int] = {}
+        for row in seconds.firsts(np.arange(len(chunk))):
+            entity, second = int(chunk.entity[row]), int(chunk.second[row])
+            end = int(np.searchsorted(code, entity * steps + chunk.step[row], side="right"))
+            so_far = end - begin[entity]
+            count = so_far - counted[entity] if entity in counted else so_far + int(since[entity])
+            counted[entity] = so_far
+            weights = due.setdefault((second, int(chunk.columns.kind[row])), {})
+            weights[chunk.actor(row)] = count
+        sizes = dict(zip(begin, users.sizes.tolist(), strict=True))
+        entities = np.fromiter(begin, np.int64, len(begin))
+        totals = np.fromiter(sizes.values(), np.int64, len(sizes))
+        since[entities] = np.minimum(since[entities] + totals, 2**31)
+        for entity, so_far in counted.items():
+            since[entity] = sizes[entity] - so_far
+        models = Groups(rows, chunk.step[rows], chunk.columns.kind[rows])
+        kinds = models.firsts(chunk.columns.kind)
+        return [
+            place.partial(f"{place.model}\n", weights={"completions": dict(sorted(due[place.second, kind].items()))})
+            for place, kind in zip(models.places(chunk, NAME), kinds, strict=True)
+            if (place.second, kind) in due
+        ]
+
+
+def _extreme(chunk: Chunk, tokens: Ints, row: int) -> Extreme:
+    event = chunk.event(row)
+    return int(tokens[row]), int(chunk.columns.moment_us[row]), actor(event), event.event_id
 
 
 class Tail(Struct):
@@ -82,7 +126,7 @@ class Tail(Struct):
     scale: float
 
 
-class Chunk(Struct):
+class Batch(Struct):
     """Ten seconds of lengths that wait to be learned."""
 
     index: int
@@ -97,7 +141,7 @@ class ModelState(Struct):
     buckets: dict[str, Histogram] = {}
     whole: Histogram = {}
     tail: Tail | None = None
-    waiting: list[Chunk] = []
+    waiting: list[Batch] = []
     rare: list[tuple[int, str, int]] = []
     """(second, bucket key, length bucket) of rare completions, not learned for a day."""
 
@@ -108,6 +152,8 @@ class Evidence(Struct):
     sum: float
     start_us: int
     last_us: int
+    unpaid: int = 0
+    """Completions whose cost is not taken off yet."""
     count: int = 0
     longest: int = 0
     tokens: int = 0
@@ -145,6 +191,9 @@ class TokenLengthTwo(StageTwo):
                     self._refused_keys += 1
                     continue
                 model = self._models[f"{tenant}\n{name}"] = ModelState(first_s=second)
+            if not bucket_key:
+                self._weigh(f"{tenant}\n{name}", cell.weights["completions"])
+                continue
             self._settle(model, second)
             model.completions += cell.counts["completions"]
             lengths = dict(cell.histograms["tokens"])
@@ -160,7 +209,7 @@ class TokenLengthTwo(StageTwo):
         tenant, name, bucket_key = where
         alarms = []
         told: dict[str, Evidence] = {}
-        for tokens, user, event_id in cell.extremes:
+        for tokens, _, user, event_id in cell.extremes:
             chance = self._chance(model, bucket_key, tokens)
             if chance >= RARE:
                 break
@@ -170,15 +219,18 @@ class TokenLengthTwo(StageTwo):
             if user:
                 gain = min(-math.log(chance / RARE), GAIN_MAX)
                 told[user] = self._add(f"{tenant}\n{name}\n{user}", second, (gain, tokens, event_id), cell)
-        for user, count in cell.weights["completions"].items():
-            evidence = told.get(user) or self._users.get(f"{tenant}\n{name}\n{user}")
-            if evidence is not None:
-                evidence.sum -= COST * count
         threshold = self._threshold(model, second)
         for user, evidence in told.items():
             if evidence.sum >= threshold:
                 alarms.append(self._alarm(model, evidence, second, (tenant, name, user), threshold))
         return alarms
+
+    def _weigh(self, model: str, completions: dict[str, int]) -> None:
+        """Every completion costs, at the next rare one: until then nothing could have come of it."""
+        for user, count in completions.items():
+            evidence = self._users.get(f"{model}\n{user}")
+            if evidence is not None:
+                evidence.unpaid += count
 
     def _add(self, name: str, second: int, rare: tuple[float, int, str], cell: Cell) -> Evidence:
         gain, tokens, event_id = rare
@@ -186,7 +238,8 @@ class TokenLengthTwo(StageTwo):
         past = self._users.get(name)
         evidence = past if past is not None and past.sum > 0 else Evidence(0.0, moment_us, moment_us)
         evidence.sum *= 0.5 ** ((moment_us - evidence.last_us) / (self._config.half_life_s * SECOND_US))
-        evidence.sum += gain
+        evidence.sum = max(evidence.sum - COST * evidence.unpaid, 0.0) + gain
+        evidence.unpaid = 0
         evidence.last_us = moment_us
         evidence.count += 1
         evidence.tokens += tokens
@@ -215,15 +268,15 @@ class TokenLengthTwo(StageTwo):
         return max(math.log(RARE * a_week / self._config.budget_per_week) / EXPONENT, 2 * GAIN_MAX)
 
     def _wait(self, model: ModelState, second: int, bucket_key: str, lengths: Histogram) -> None:
-        index = second // CHUNK_S
+        index = second // BATCH_S
         if not model.waiting or model.waiting[-1].index != index:
-            model.waiting.append(Chunk(index, {}))
+            model.waiting.append(Batch(index, {}))
         add_all(model.waiting[-1].buckets.setdefault(bucket_key, {}), lengths)
 
     def _settle(self, model: ModelState, second: int) -> None:
         """What is old enough is learned, and the tail fitted anew."""
         learned = False
-        while model.waiting and (model.waiting[0].index + 1) * CHUNK_S <= second - self._config.settle_s:
+        while model.waiting and (model.waiting[0].index + 1) * BATCH_S <= second - self._config.settle_s:
             for key, lengths in model.waiting.pop(0).buckets.items():
                 self._learn(model, key, lengths)
                 learned = True
@@ -318,7 +371,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[Evidence], 
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="1",
+        version="2",
         atlas=["AML.T0024.002", "AML.T0034.001", "AML.T0057"],
         owasp=["LLM10", "LLM02"],
         runbook=[
@@ -329,6 +382,6 @@ DETECTOR: Final = Detector(
         lookback_s=3_600,
     ),
     enabled=lambda config: config.token_length.enabled,
-    stage_one=lambda _: TokenLengthOne(),
+    stage_one=lambda _, registry: TokenLengthOne(registry),
     stage_two=TokenLengthTwo,
 )

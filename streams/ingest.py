@@ -108,9 +108,7 @@ class Intake:
             flag = self.clock.observe(event, append_ms=record.timestamp, offset=record.offset)
             if isinstance(event, AuditEvent) and record.offset >= self._stored_before:
                 rows.append(StoredEvent(event, record.partition, record.offset, record.timestamp, flag))
-        # Ingest wants the flags alone: closed seconds and troubles are stage 1's to tell.
-        self.clock.closed()
-        self.clock.troubles()
+        self.clock.troubles()  # stage 1's to tell; ingest wants the flags alone
         self.next = batch[-1].offset + 1
         return rows
 

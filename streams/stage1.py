@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, BadEvent, Tick, decode, encode, uuid7
+import numpy as np
+
+from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, Tick, encode, uuid7
 from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine
@@ -17,7 +19,6 @@ from detectors.rollup import Marker
 from detectors.rollup import encode as encode_rollup
 from detectors.time import NEVER
 from streams.config import StreamsConfig
-from streams.deadletter import Unusable
 from streams.health import process_id
 from streams.output import Outgoing
 from streams.stage import Refused, Stage, run_stage
@@ -33,28 +34,14 @@ class EventShard:
 
     def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
         """Decodes and applies records of iw.events."""
-        refused = []
-        for record in records:
-            try:
-                self._observe(record)
-            except Unusable as error:
-                refused.append((record, str(error)))
+        refused = [(record, why) for record in records if (why := _unfit(record.value))]
+        usable = [record for record in records if not _unfit(record.value)] if refused else records
+        if usable:
+            raws = [record.value or b"" for record in usable]
+            append_ms = np.array([record.timestamp for record in usable], np.int64)
+            offsets = np.array([record.offset for record in usable], np.int64)
+            refused += [(usable[index], why) for index, why in self._engine.observe_log(raws, append_ms, offsets)]
         return refused
-
-    def _observe(self, record: ConsumerRecord) -> None:
-        raw = record.value
-        if raw is None:
-            raise Unusable("the record has no value")
-        if len(raw) > EVENT_BYTES_MAX:
-            raise Unusable(f"a record of {len(raw)} bytes is over the {EVENT_BYTES_MAX} allowed")
-        try:
-            event = decode(raw)
-        except BadEvent as error:
-            raise Unusable(str(error)) from None
-        try:
-            self._engine.observe(event, append_ms=record.timestamp, offset=record.offset)
-        except Exception as error:  # one poison event must not stop the partition; replays decide alike
-            raise Unusable(f"the detectors failed on it: {type(error).__name__}") from error
 
     def take(self) -> list[Outgoing]:
         """Rollups to the partition of their tenant, each marker to every partition."""
@@ -85,6 +72,15 @@ class EventShard:
     def counters(self) -> Mapping[str, int]:
         """The engine's."""
         return self._engine.counters
+
+
+def _unfit(raw: bytes | None) -> str:
+    """Why a value can't even be looked at; empty where it can."""
+    if raw is None:
+        return "the record has no value"
+    if len(raw) > EVENT_BYTES_MAX:
+        return f"a record of {len(raw)} bytes is over the {EVENT_BYTES_MAX} allowed"
+    return ""
 
 
 class Ticker:
