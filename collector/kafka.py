@@ -1,6 +1,7 @@
 """Kafka for every room: its settings, the topics, producers, consumers, and the writer that sends whole batches.
 
-Beside `streams/transport.py` the only file that imports aiokafka. Clients belong to the running event loop.
+Every room takes Kafka from here; beside this file only login.py, admin.py and `streams/transport.py` import aiokafka.
+Clients belong to the running event loop.
 
 Guarantee: producers are idempotent and wait for all in-sync replicas, so what `BatchWriter.flush` returned is stored
 once and in order per partition. A batch that the broker refuses makes every later one of that producer fail on the
@@ -9,10 +10,8 @@ partition (measured on Kafka 4.3.1); so sizes are checked before sending, topics
 """
 
 import asyncio
-import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -25,13 +24,12 @@ from aiokafka import (
     OffsetAndMetadata,
     TopicPartition,
 )
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.conn import create_conn
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 from aiokafka.partitioner import murmur2
 
+from collector.admin import TopicMismatch, ensure_topics
 from collector.event import EVENT_BYTES_MAX
+from collector.login import BrokerAway, LoginRefused, client_options, wait_for_broker
 from collector.topics import KafkaConfig, Scale, TopicName, TopicSpec, changelog_spec, topic_specs
 
 __all__ = [
@@ -45,6 +43,7 @@ __all__ = [
     "ConsumerRecord",
     "KafkaConfig",
     "KafkaError",
+    "LoginRefused",
     "OffsetAndMetadata",
     "RecordTooLarge",
     "Scale",
@@ -73,158 +72,12 @@ the compressed batch, and incompressible bytes grow by 15)."""
 REQUEST_BYTES_MAX: Final = 1024 * 1024 - 1024
 
 
-class BrokerAway(ConnectionError):
-    """No broker answered in time. What was not acknowledged is still the caller's to send."""
-
-
-class TopicMismatch(RuntimeError):
-    """A topic exists, but with a setting that would break order, time or delivery."""
-
-
 class RecordTooLarge(ValueError):
     """One record is larger than its topic takes. Nothing was sent; the producer is still good."""
 
 
 class BatchRefused(RuntimeError):
     """The broker refused a batch, or it can no longer be known whether it took it. The producer is spent."""
-
-
-def client_options(config: KafkaConfig) -> dict[str, Any]:
-    """What every aiokafka client is given, the password too: never log it. Raises ValueError on an unreadable file."""
-    options: dict[str, Any] = {
-        "bootstrap_servers": config.bootstrap_servers,
-        "request_timeout_ms": config.request_timeout_ms,
-        "security_protocol": config.security_protocol,
-    }
-    if config.security_protocol.endswith("SSL"):
-        options["ssl_context"] = _tls(config)
-    if config.security_protocol.startswith("SASL"):
-        options |= {
-            "sasl_mechanism": config.sasl_mechanism,
-            "sasl_plain_username": config.sasl_username,
-            "sasl_plain_password": config.password().get_secret_value(),
-        }
-    return options
-
-
-def _tls(config: KafkaConfig) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=config.tls_ca_file)
-        if config.tls_cert_file is not None:
-            # An empty password: an encrypted key fails here at once instead of asking on the terminal.
-            context.load_cert_chain(config.tls_cert_file, config.tls_key_file, password="")
-    except OSError as error:  # ssl.SSLError is one of these
-        files = ", ".join(str(f) for f in (config.tls_ca_file, config.tls_cert_file, config.tls_key_file) if f)
-        raise ValueError(f"cannot use the TLS files of [kafka] ({files}): {error}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-def _servers(config: KafkaConfig) -> list[tuple[str, int]]:
-    parts = [server.strip().rpartition(":") for server in config.bootstrap_servers.split(",")]
-    return [(host.strip("[]"), int(port)) for host, _, port in parts]
-
-
-async def wait_for_broker(config: KafkaConfig, timeout_s: float = 10.0) -> None:
-    """Return once a broker answers as a broker; raise BrokerAway with the last reason after `timeout_s` seconds."""
-    options = client_options(config)
-    del options["bootstrap_servers"]
-    reason = "no answer"
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                for host, port in _servers(config):
-                    try:
-                        connection = await create_conn(host, port, client_id="inferwatch-wait", **options)
-                        connection.close()
-                        async with _admin(config) as admin:
-                            if (await admin.describe_cluster())["brokers"]:
-                                return
-                        reason = "it names no brokers yet"
-                    except (KafkaError, OSError, TimeoutError) as error:
-                        reason = str(error) or type(error).__name__
-                await asyncio.sleep(0.1)
-    except TimeoutError:
-        raise BrokerAway(f"no Kafka at {config.bootstrap_servers} after {timeout_s:g} s: {reason}") from None
-
-
-@asynccontextmanager
-async def _admin(config: KafkaConfig) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(client_id="inferwatch-admin", **client_options(config))
-    try:
-        await admin.start()
-        yield admin
-    finally:
-        await admin.close()
-
-
-async def ensure_topics(config: KafkaConfig, specs: Sequence[TopicSpec] | None = None) -> dict[str, int]:
-    """Create the topics that are missing, check those that exist, and return topic → partitions.
-
-    Checked: partition count, LogAppendTime, clean-up policy, and that `max.message.bytes` is not too small. Retention
-    and replication of an existing topic are the operator's. Safe to run from several processes at once.
-    Raises TopicMismatch, or BrokerAway where no broker answers within the request timeout.
-    """
-    wanted = {spec.name: spec for spec in (topic_specs(config) if specs is None else specs)}
-    try:
-        async with asyncio.timeout(4 * config.request_timeout_ms / 1000), _admin(config) as admin:
-            missing = wanted.keys() - (await _partition_counts(admin)).keys()
-            await _create(admin, [wanted[name] for name in sorted(missing)])
-            # The controller knows a new topic a moment before the brokers do.
-            while wanted.keys() - (counts := await _partition_counts(admin)).keys():  # noqa: ASYNC110 (another machine)
-                await asyncio.sleep(0.05)
-            configs = await _configs(admin, sorted(wanted))
-    except (KafkaError, OSError, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
-        raise BrokerAway(f"no Kafka at {config.bootstrap_servers} to check topics with: {reason}") from None
-    wrong = [fault for name, spec in wanted.items() for fault in _faults(spec, counts[name], configs[name])]
-    if wrong:
-        raise TopicMismatch("; ".join(wrong))
-    return {name: counts[name] for name in wanted}
-
-
-async def _partition_counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
-    # All topics are listed: naming a missing one may create it with the broker's defaults.
-    topics = await admin.describe_topics(None)
-    return {t["topic"]: len(t["partitions"]) for t in topics if t["error_code"] == 0 and t["partitions"]}
-
-
-async def _create(admin: AIOKafkaAdminClient, specs: Sequence[TopicSpec]) -> None:
-    if not specs:
-        return
-    new = [NewTopic(s.name, s.partitions, s.replication, topic_configs=dict(s.configs)) for s in specs]
-    for name, code, message in (await admin.create_topics(new)).topic_errors:
-        if code == 0:
-            log.info("topic created", topic=name)
-        elif code != 36:  # 36: another process was quicker
-            hint = ' (one broker alone wants [kafka] scale = "dev")' if code == 38 else ""
-            raise TopicMismatch(f"Kafka would not create {name}: {message or f'error {code}'}{hint}")
-
-
-async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
-    found = {}
-    for response in await admin.describe_configs(resources):
-        for code, message, _kind, name, entries in response.resources:
-            if code:
-                raise TopicMismatch(f"Kafka would not tell the settings of {name}: {message or f'error {code}'}")
-            found[name] = {entry[0]: entry[1] for entry in entries}
-    return found
-
-
-def _faults(spec: TopicSpec, partitions: int, configs: Mapping[str, str]) -> list[str]:
-    faults = []
-    if partitions != spec.partitions:
-        faults.append(f"{spec.name} has {partitions} partitions, the configuration says {spec.partitions}")
-    faults += [
-        f"{spec.name} has {key}={configs.get(key)}, it must be {spec.configs[key]}"
-        for key in ("message.timestamp.type", "cleanup.policy")
-        if configs.get(key) != spec.configs[key]
-    ]
-    size, least = int(configs.get("max.message.bytes", 0)), int(spec.configs["max.message.bytes"])
-    if size < least:
-        faults.append(f"{spec.name} takes messages of {size} bytes, it must take {least} (max.message.bytes)")
-    return faults
 
 
 def make_producer(

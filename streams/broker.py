@@ -2,6 +2,8 @@
 
 Loopback only, no login, replication 1: not for production (compose/ has the settings for that). Guarantee: what was
 acknowledged survives SIGKILL of the broker; a power cut may lose what the system had not yet written to disk.
+
+Tests of TLS and login give it a `SecureListener`: a second port that asks for both.
 """
 
 import argparse
@@ -31,11 +33,11 @@ from rich.progress import Progress
 
 from collector.kafka import BrokerAway, KafkaConfig, wait_for_broker
 from streams import jars
+from streams.broker_properties import HOST, LOGGING, SETTINGS, SecureListener, secured
 from streams.java import JavaSource, NoJava, find_java
 
 log = structlog.get_logger(__name__)
 
-HOST: Final = "127.0.0.1"
 KAFKA_VERSION: Final = "4.3.1"
 RUN_FILE: Final = "broker.json"
 """In the data folder while it serves: {"bootstrap": "HOST:PORT", "pid": of the JVM}."""
@@ -73,10 +75,21 @@ class Broker:
     The Java process ends with this one, however this one ends (where the system has `setpriv`).
     """
 
-    def __init__(self, settings: BrokerSettings, *, progress: jars.Progress = lambda _done, _all, _name: None) -> None:
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        *,
+        progress: jars.Progress = lambda _done, _all, _name: None,
+        lock_file: Path = jars.LOCK_FILE,
+        secure: SecureListener | None = None,
+    ) -> None:
+        """`lock_file` names the jars: another version of Kafka, for tests."""
         self.settings = settings
         self.port = settings.port
         """The real port once started; kept over a restart."""
+        self.secure_port = 0
+        """That of the secure listener."""
+        self._lock_file, self._secure = lock_file, secure
         self._progress = progress
         self._dir = settings.data_dir.resolve()
         self._process: subprocess.Popen[bytes] | None = None
@@ -105,7 +118,8 @@ class Broker:
             raise BrokerError(f"this broker runs already at {self.bootstrap}")
         self.kill()  # what a crash of Kafka left: the lock and the run file
         java = find_java(self.settings.java)
-        paths = jars.classpath(self.settings.cache_dir or jars.default_cache(), self._progress)
+        cache = self.settings.cache_dir or jars.default_cache()
+        paths = jars.classpath(cache, self._progress, lock_file=self._lock_file)
         self._take_folder()
         try:
             self._format(java, paths)
@@ -169,6 +183,8 @@ class Broker:
         settings = self._write_settings(fresh, _free_port())
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = ["-Xmx128m", "kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(settings)]
+        if self._secure is not None:
+            tool.append(f"--add-scram=SCRAM-SHA-512=[name={self._secure.user},password={self._secure.password}]")
         self._process = self._spawn(java, paths, tool)
         status = self._process.wait()
         self._process = None
@@ -261,56 +277,17 @@ class Broker:
 
     def _write_logging(self) -> Path:
         file = self._dir / "logging.properties"
-        file.write_text(_LOGGING.format(logs=self.logs_dir, limit=self.settings.log_bytes_max), encoding="utf-8")
+        file.write_text(LOGGING.format(logs=self.logs_dir, limit=self.settings.log_bytes_max), encoding="utf-8")
         return file
 
     def _write_settings(self, data: Path, controller_port: int) -> Path:
         file = self._dir / "server.properties"
-        file.write_text(
-            _SETTINGS.format(host=HOST, port=self.port or 1, controller=controller_port, data=data), encoding="utf-8"
-        )
+        written = SETTINGS.format(host=HOST, port=self.port or 1, controller=controller_port, data=data)
+        if self._secure is not None:
+            self.secure_port = self.secure_port or _free_port(other_than=self.port)
+            written = secured(written, self._secure, self.secure_port)
+        file.write_text(written, encoding="utf-8")
         return file
-
-
-_LOGGING: Final = """\
-handlers=java.util.logging.FileHandler
-.level=INFO
-java.util.logging.FileHandler.pattern={logs}/broker.%g.log
-java.util.logging.FileHandler.limit={limit}
-java.util.logging.FileHandler.count=3
-java.util.logging.FileHandler.append=true
-java.util.logging.FileHandler.formatter=java.util.logging.SimpleFormatter
-java.util.logging.SimpleFormatter.format=%1$tF %1$tT.%1$tL %4$s %3$s %5$s%6$s%n
-"""
-
-# Short sessions, so that a broker killed and started again serves within seconds; small buffers, for many side by side.
-_SETTINGS: Final = """\
-process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@{host}:{controller}
-listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
-advertised.listeners=PLAINTEXT://{host}:{port}
-controller.listener.names=CONTROLLER
-inter.broker.listener.name=PLAINTEXT
-log.dirs={data}
-auto.create.topics.enable=false
-log.message.timestamp.type=LogAppendTime
-offsets.topic.replication.factor=1
-offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-transaction.state.log.num.partitions=4
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
-group.initial.rebalance.delay.ms=0
-group.min.session.timeout.ms=1000
-broker.session.timeout.ms=3000
-broker.heartbeat.interval.ms=500
-num.network.threads=2
-num.io.threads=4
-background.threads=2
-log.cleaner.dedupe.buffer.size=16777216
-"""
 
 
 def _free_port(other_than: int = 0) -> int:

@@ -6,7 +6,7 @@ because Faust's fetch path may repeat or drop a chunk around a recovery; the cli
 that security has one config; and a commit that fails while the broker is away is retried, where Faust would crash.
 
 Where a partition is read from is decided by the stage's own state (`Positions`), never by the committed offset alone.
-Beside `collector/kafka.py` the only file that imports aiokafka. What it uses of Faust that is not public is listed in
+Beside three files of `collector/` the only one that imports aiokafka. What it uses of Faust that is not public is listed in
 `PRIVATE_SURFACE` and checked by `check_versions`.
 """
 
