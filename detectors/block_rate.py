@@ -156,7 +156,7 @@ class BlockRateOne(StageOne):
         if new:
             past.prompts.append(prompt)
         past.last_us = moment_us
-        self._users.put(name, moment_us, past, evident=True)
+        self._users.put(name, moment_us, past)
         return new
 
     def snapshot(self) -> bytes:

@@ -143,7 +143,7 @@ class ProbingOne(StageOne):
             self._suspects.drop(name)
         else:
             self._registry.suspect(entity, taken.moment_us // SECOND_US + 4 * self._config.half_life_s)
-            self._suspects.put(name, taken.moment_us, client, evident=True)
+            self._suspects.put(name, taken.moment_us, client)
 
     def _suspect(
         self, client: Client, entity: int, taken: Taken, partition: int, signals: dict[tuple[int, str, str], Signal]

@@ -119,16 +119,13 @@ class Registry:
         if self.live + len(firsts) > self._limit:
             rows = self._make_room(rows, len(firsts), int(moment_us[0]) // 1_000_000)
         which = np.cumsum(new) - 1
-        if self.live + len(firsts) > self._limit:  # a second with more strangers than the whole table takes
-            room = self._limit - self.live
-            admitted = np.zeros(len(firsts), bool)
-            admitted[np.argsort(firsts, kind="stable")[:room]] = True
-            self.counters["refused"] += len(firsts) - room
-        else:
-            admitted = np.ones(len(firsts), bool)
-        given = np.full(len(firsts), NOBODY, np.int64)
-        given[admitted] = self.live + np.arange(np.count_nonzero(admitted))
-        self._add(high[firsts[admitted]], low[firsts[admitted]])
+        room = self._limit - self.live
+        rank = np.argsort(np.argsort(firsts))  # by first appearance: then rows don't depend on the cut
+        given = np.where(rank < room, self.live + rank, NOBODY)
+        # A second may bring more strangers than the whole table takes.
+        self.counters["refused"] += max(len(firsts) - room, 0)
+        admitted = np.sort(firsts)[:room]
+        self._add(high[admitted], low[admitted])
         rows[order] = given[which]
         return rows
 

@@ -247,7 +247,7 @@ class TokenLengthTwo(StageTwo):
         evidence.samples = earliest([*evidence.samples, (moment_us, event_id)])
         evidence.offsets = dict(evidence.offsets)
         merge_offsets(evidence.offsets, cell.offsets)
-        self._users.put(name, moment_us, evidence, evident=True)
+        self._users.put(name, moment_us, evidence)
         return evidence
 
     def _chance(self, model: ModelState, bucket_key: str, tokens: int) -> float:

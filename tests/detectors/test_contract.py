@@ -7,16 +7,20 @@ import time
 from collections import Counter
 
 import msgspec
+import numpy as np
 import pytest
 
-from collector.event import AuditEvent, Decision, GuardResult, timestamp_us
+from collector.event import AuditEvent, Decision, GuardResult, decode_all, encode, timestamp_us
 from detectors import finding, rollup
 from detectors.catalogue import cards, detectors
+from detectors.chunk import Chunk, in_order
+from detectors.columns import Columns, columns_of, picked
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Cells, Detector, StageOne, StageTwo, printable
+from detectors.detector import Alarm, Detector, StageOne, StageTwo, printable
 from detectors.lifecycle import RANK
-from detectors.rollup import Cell, Signal
-from detectors.time import SECOND_US, Taken
+from detectors.registry import Registry
+from detectors.rollup import Cell, Partial, Signal
+from detectors.time import SECOND_US
 from tests.detectors.test_demo import CONFIG
 from tests.sim.campaigns import DEMO, four_campaigns
 from tests.sim.layout import Layout, lay_out, partition_of
@@ -27,17 +31,19 @@ STAGED = [detector for detector in detectors() if detector.stage_one is not None
 NAMES = [detector.card.name for detector in STAGED]
 
 
-def seconds(events: list[AuditEvent]) -> dict[int, list[Taken]]:
-    """Events by second, sorted as the engine sorts them."""
+def seconds(events: list[AuditEvent], *, step: int = 1) -> list[tuple[int, Columns]]:
+    """Events of `step` seconds at a time, in order, each with the last of its seconds."""
     clean = [event for event in map(printable, events) if isinstance(event, AuditEvent)]
-    rows = sorted(
-        (Taken(timestamp_us(event.timestamp), event, offset) for offset, event in enumerate(clean)),
-        key=lambda taken: (taken.moment_us, taken.event.event_id),
-    )
-    grouped: dict[int, list[Taken]] = {}
-    for taken in rows:
-        grouped.setdefault(taken.moment_us // SECOND_US, []).append(taken)
-    return grouped
+    moments = np.array([timestamp_us(event.timestamp) for event in clean], np.int64)
+    whole = in_order(columns_of(clean, [encode(event) for event in clean], np.arange(len(clean)), moments))
+    blocks = whole.moment_us // SECOND_US // step
+    return [(int(block + 1) * step - 1, picked(whole, np.flatnonzero(blocks == block))) for block in np.unique(blocks)]
+
+
+def part_of(columns: Columns, parts: int, part: int) -> Columns:
+    """The events that a partition would have."""
+    events = [event for event in decode_all(columns.raws) if isinstance(event, AuditEvent)]
+    return picked(columns, np.array([i for i, e in enumerate(events) if partition_of(e, parts) == part], np.int64))
 
 
 class Halves:
@@ -48,44 +54,50 @@ class Halves:
         self.ones = [self.new_one() for _ in range(parts)]
         self.two: StageTwo = detector.stage_two(config)
 
-    def new_one(self) -> StageOne:
+    def new_one(self) -> tuple[StageOne, Registry]:
         assert self.detector.stage_one is not None
-        return self.detector.stage_one(self.config)
+        registry = Registry(self.config.entities_max)
+        return self.detector.stage_one(self.config, registry), registry
 
-    def second(self, second: int, events: list[Taken]) -> list[Alarm]:
+    def told(self, columns: Columns) -> dict[int, list[Partial | Signal]]:
+        """What the first halves say of some seconds, by second."""
+        found: dict[int, list[Partial | Signal]] = {}
+        for part, (one, registry) in enumerate(self.ones):
+            mine = part_of(columns, self.parts, part) if self.parts > 1 else columns
+            if len(mine):
+                for rollup_ in one.events(Chunk(mine, part, registry)):
+                    found.setdefault(rollup_.second, []).append(rollup_)
+        return found
+
+    def second(self, second: int, told: list[Partial | Signal]) -> list[Alarm]:
         alarms = list(self.two.advance(second))
         merged: dict[tuple[str, str], Cell] = {}
-        signals: list[Signal] = []
-        for part, one in enumerate(self.ones):
-            cells = Cells(part)
-            for taken in events:
-                if partition_of(taken.event, self.parts) == part:
-                    one.event(taken, cells)
-            for name, cell in cells.drain():
-                partial = cell.partial(part, second, name, self.config.contributors_max)
-                merged.setdefault((name[0], name[2]), Cell()).absorb(partial, self.config.contributors_max)
-            signals += one.close(second)
+        for each in told:
+            if isinstance(each, Partial):
+                merged.setdefault((each.tenant, each.key), Cell()).absorb(each)
         rows = [(*name, merged[name]) for name in sorted(merged)]
         alarms += self.two.second(second, rows) if rows else []
+        signals = [each for each in told if isinstance(each, Signal)]
         for signal in sorted(signals, key=lambda signal: (signal.tenant, signal.key)):
             alarms += self.two.signal(signal)
         return alarms
 
     def restart(self) -> None:
         """New halves from snapshots of the old."""
-        raws = [one.snapshot() for one in self.ones]
-        self.ones = [self.new_one() for _ in raws]
-        for one, raw in zip(self.ones, raws, strict=True):
-            one.restore(raw)
+        old, self.ones = self.ones, [self.new_one() for _ in self.ones]
+        for (one, registry), (other, others) in zip(self.ones, old, strict=True):
+            registry.load(others.dump())
+            one.restore(other.snapshot())
         raw = self.two.snapshot()
         self.two = self.detector.stage_two(self.config)
         self.two.restore(raw)
 
 
-def alarms_of(halves: Halves, events: list[AuditEvent], *, restart: bool = False) -> list[Alarm]:
+def alarms_of(halves: Halves, events: list[AuditEvent], *, restart: bool = False, step: int = 1) -> list[Alarm]:
     found = []
-    for second, taken in seconds(events).items():
-        found += halves.second(second, taken)
+    for _, columns in seconds(events, step=step):
+        for second, told in sorted(halves.told(columns).items()):
+            found += halves.second(second, told)
         if restart:
             halves.restart()
     return found
@@ -111,8 +123,24 @@ def test_a_snapshot_restored_after_every_second_changes_nothing(detector: Detect
     events = four_campaigns(12).events
     plain, restarted = Halves(detector, 2), Halves(detector, 2)
     assert alarms_of(restarted, events, restart=True) == alarms_of(plain, events)
-    assert [one.counters for one in restarted.ones] == [one.counters for one in plain.ones]
+    assert [one.counters for one, _ in restarted.ones] == [one.counters for one, _ in plain.ones]
     assert restarted.two.counters == plain.two.counters
+
+
+@pytest.mark.parametrize("detector", STAGED, ids=NAMES)
+def test_what_is_said_of_a_second_does_not_depend_on_where_a_chunk_ends(detector: Detector) -> None:
+    """One second at a time, seven, or all at once: the same partials and signals."""
+    events = four_campaigns(18).events
+
+    def told(step: int) -> list[bytes]:
+        halves = Halves(detector)
+        said = [each for _, columns in seconds(events, step=step) for _, each in sorted(halves.told(columns).items())]
+        return sorted(rollup.encode(each) for several in said for each in several)
+
+    wanted = told(1)
+    assert wanted
+    assert told(7) == wanted
+    assert told(10**6) == wanted
 
 
 def test_detectors_read_no_clock_and_draw_no_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +226,7 @@ def _hostile(event: AuditEvent, rng: random.Random) -> AuditEvent:
 SMALL = {
     "block_rate": {"users_max": 20, "keys_max": 5},
     "latency": {"keys_max": 5, "window_s": 2, "min_calls": 10},
-    "probing": {"entities_max": 20},
+    "probing": {"suspects_max": 20},
     "token_length": {"users_max": 5, "keys_max": 5, "baseline_calls_min": 20, "settle_s": 1},
 }
 
@@ -207,7 +235,7 @@ SMALL = {
 def test_memory_stays_bounded_under_a_flood_of_made_up_names(detector: Detector) -> None:
     """Three times as many users, models and sessions, the same state; what was dropped is counted."""
     name = detector.card.name
-    config = DetectConfig.model_validate({name: SMALL[name]})
+    config = DetectConfig.model_validate({name: SMALL[name], "entities_max": 1_000})
     halves = Halves(detector, config=config)
     sizes = []
     for begin_s, span_s in ((0, 900), (900, 1_800)):
@@ -219,11 +247,13 @@ def test_memory_stays_bounded_under_a_flood_of_made_up_names(detector: Detector)
             for number, (event, model) in enumerate(zip(traffic.events, models, strict=True))
         ]
         alarms_of(halves, events)
-        sizes.append(sum(len(one.snapshot()) for one in halves.ones) + len(halves.two.snapshot()))
+        ones = sum(len(one.snapshot()) + len(registry.dump()) for one, registry in halves.ones)
+        sizes.append(ones + len(halves.two.snapshot()))
     print("bytes of state", sizes)
     assert sizes[1] < 2 * sizes[0] + 20_000
     dropped = Counter[str]()
-    for counters in (*(one.counters for one in halves.ones), halves.two.counters):
+    ones_counters = [counters for one, registry in halves.ones for counters in (one.counters, registry.counters)]
+    for counters in (*ones_counters, halves.two.counters):
         dropped.update({key: value for key, value in counters.items() if "evicted" in key or "refused" in key})
     assert dropped.total() > 0
 
@@ -264,11 +294,8 @@ def test_no_prompt_hash_or_sketch_reaches_a_rollup_or_finding() -> None:
     """Rollups and findings carry pseudonyms, counts and event ids; digests of prompts stay in stage 1's state."""
     events = four_campaigns(17).events
     halves = Halves(next(detector for detector in STAGED if detector.card.name == "probing"))
-    told: list[bytes] = []
-    for second, taken in seconds(events).items():
-        cells = Cells(0)
-        for each in taken:
-            halves.ones[0].event(each, cells)
-        told += [rollup.encode(signal) for signal in halves.ones[0].close(second)]
+    told = [
+        rollup.encode(each) for _, columns in seconds(events) for said in halves.told(columns).values() for each in said
+    ]
     assert told
     assert not any(b"hmac:" in raw for raw in told)

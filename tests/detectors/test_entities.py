@@ -4,47 +4,35 @@ from detectors.entities import EntityTable
 from detectors.prompts import Prompt, seen_before
 
 
-def test_a_flood_of_strangers_never_evicts_a_suspect() -> None:
-    """Without evidence first, longest unseen first; then, and only then, those with evidence."""
-    table: EntityTable[str] = EntityTable(3, 10**12)
-    table.put("suspect", 0, "s", evident=True)
-    for number in range(1_000):
-        table.put(f"stranger{number}", number, "x", evident=False)
-    assert (table.get("suspect"), table.get("stranger997"), table.get("stranger998")) == ("s", None, "x")
-    assert table.counters == {"expired": 0, "evicted": 998, "evicted_with_evidence": 0}
-    for number in range(3):
-        table.put(f"other{number}", 2_000, "o", evident=True)
-    assert (table.get("suspect"), len(table)) == (None, 3)
-    assert table.counters["evicted_with_evidence"] == 1
+def test_a_full_table_forgets_the_longest_unseen_and_counts_it() -> None:
+    """Seen means put, not looked at."""
+    table: EntityTable[int] = EntityTable(2, 10**9)
+    for number, key in enumerate(("a", "b", "a", "c")):
+        table.put(key, number, number)
+        table.get("b")
+    assert (table.get("a"), table.get("b"), table.get("c"), len(table)) == (2, None, 3, 2)
+    assert table.counters == {"expired": 0, "evicted_with_evidence": 1}
 
 
 def test_the_idle_are_forgotten_before_anybody_is_evicted() -> None:
-    """Idle beyond the limit counts as expired, evidence or not."""
-    table: EntityTable[int] = EntityTable(10, 100)
-    table.put("a", 0, 1, evident=True)
-    table.put("b", 50, 2, evident=False)
-    table.put("c", 120, 3, evident=False)
-    assert (table.get("a"), table.get("b"), table.counters["expired"]) == (None, 2, 1)
-
-
-def test_gaining_and_losing_evidence_moves_an_entry_without_losing_it() -> None:
-    """One entry, whichever part it is in."""
-    table: EntityTable[int] = EntityTable(2, 10**9)
-    for evident in (False, True, False):
-        table.put("a", 1, 5, evident=evident)
-        assert (len(table), table.get("a")) == (1, 5)
+    """Idle beyond the limit counts as expired."""
+    table: EntityTable[int] = EntityTable(2, 100)
+    table.put("a", 0, 1)
+    table.put("b", 50, 2)
+    table.put("c", 120, 3)
+    assert (table.get("a"), table.get("b"), table.get("c")) == (None, 2, 3)
+    assert table.counters == {"expired": 1, "evicted_with_evidence": 0}
 
 
 def test_a_dump_loads_in_the_same_order() -> None:
     """So that eviction after a restart is the same."""
     table: EntityTable[int] = EntityTable(2, 10**9)
-    table.put("a", 1, 1, evident=False)
-    table.put("b", 2, 2, evident=False)
-    table.put("a", 3, 1, evident=False)
+    for number, key in enumerate(("a", "b", "a")):
+        table.put(key, number, number)
     other: EntityTable[int] = EntityTable(2, 10**9)
     other.load(table.dump())
-    other.put("c", 4, 3, evident=False)
-    assert (other.get("a"), other.get("b")) == (1, None)
+    other.put("c", 4, 3)
+    assert (other.get("a"), other.get("b")) == (2, None)
 
 
 def test_prompts_are_one_by_digest_or_by_sketch() -> None:
