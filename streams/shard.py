@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol, Self
 import structlog
 
 from collector.kafka import ConsumerRecord
+from streams.batch import Sequencer
 from streams.output import Outgoing
 from streams.state import State, pack, unpack
-from streams.transport import Sequencer
 
 log = structlog.get_logger(__name__)
 

@@ -20,13 +20,14 @@ import structlog
 
 from collector.event import uuid7
 from collector.kafka import KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
+from streams.batch import Batch
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
-from streams.health import Health, Reading
+from streams.health import Health, Histogram, Reading, Tally
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
 from streams.shard import Bounds, PartitionRun, Refused, Shard
-from streams.transport import Batch, BatchApp, BatchConsumer, check_versions
+from streams.surface import SourceConsumer, make_app
 
 __all__ = ["Refused", "Shard", "Stage", "StageFailed", "StageWorker", "run_stage"]
 
@@ -66,6 +67,8 @@ class Owned:
     """When it last gave a record (monotonic), as `due_s`."""
     due_s: float = 0.0
     """When state may be stored next."""
+    state_bytes: int = 0
+    """Packed size of the last state stored."""
 
 
 class StageWorker:
@@ -84,11 +87,13 @@ class StageWorker:
         """Held while state is packed and written, which stops no batch."""
         self._paid_s = 0.0
         """When the changelog may be written next (monotonic): what was written is paid for by waiting."""
+        self._sizes, self._write_seconds = Histogram.of_records(), Histogram.of_seconds()
+        self._tally = Tally()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._totals = Counter(records=0, batches=0, states=0, state_bytes=0, rebalances=0, rewinds=0, lost_records=0)
         folder = data_dir / "faust"
         folder.mkdir(parents=True, exist_ok=True)
-        self.app = BatchApp(stage.role, kafka, streams, stage.source, datadir=str(folder / stage.role))
+        self.app = make_app(stage.role, kafka, streams, stage.source, datadir=str(folder / stage.role))
         self.app.positions = self
         self._table = self.app.Table(
             "state", key_type=bytes, value_type=bytes, partitions=stage.partitions, recovery_buffer_size=16
@@ -167,6 +172,7 @@ class StageWorker:
             return
         self._totals["records"] += taken
         self._totals["batches"] += 1
+        self._sizes.add(taken)
         owned.heard_s = time.monotonic()
 
     async def refuse(self, refused: list[Refused]) -> None:
@@ -205,8 +211,9 @@ class StageWorker:
         await self._consumer.rewind(partition, owned.run.sequence.next)
 
     @property
-    def _consumer(self) -> BatchConsumer:
-        return self.app.consumer  # type: ignore[return-value]  # made by our transport
+    def _consumer(self) -> SourceConsumer:
+        consumer: SourceConsumer = self.app.consumer
+        return consumer
 
     def next_offset(self, partition: int) -> int | None:
         """See `transport.Positions`."""
@@ -226,7 +233,11 @@ class StageWorker:
         except TimeoutError:
             log.warning("state not stored before giving partitions up", role=self.stage.role)
 
+    def _counters(self) -> dict[int, Mapping[str, int]]:
+        return {partition: owned.run.shard.counters() for partition, owned in self._owned.items()}
+
     async def _revoked(self, *_: Any, **__: Any) -> None:
+        self._tally.end(self._counters())
         self._owned, self._restored = {}, False
         self._totals["rebalances"] += 1
 
@@ -236,6 +247,7 @@ class StageWorker:
             async with self._lock:
                 bounds = await self._consumer.bounds(self._consumer.batch_partitions())
                 self._owned = {partition: self._restore(partition, *bounds[partition]) for partition in sorted(bounds)}
+                self._tally.begin(self._counters())
         except Exception as error:
             self._fail(error)
             raise
@@ -254,13 +266,16 @@ class StageWorker:
                 state = owned.run.snapshot()
             if state is None:
                 return
+            began_s = time.monotonic()
             chunks = await asyncio.to_thread(owned.run.pack, state, self._streams.state_bytes_max)
             stale = await owned.run.store(state, chunks, self)
             # Recovery reads all that was written since the last one, so what we write need not be in memory too.
             for key in stale:
                 self._table.data.pop(key, None)
             written = sum(len(chunk.value or b"") for chunk in chunks)
+            owned.state_bytes = written
             now_s = time.monotonic()
+            self._write_seconds.add(now_s - began_s)
             pause_s = min(written / self._streams.state_bytes_per_s, ROUND_S / max(len(self._owned), 1))
             self._paid_s = max(self._paid_s, now_s) + pause_s
             owned.due_s = now_s + self._streams.state_interval_s
@@ -317,18 +332,32 @@ class StageWorker:
             watermarks.append(owned.run.shard.watermark_us())
             counters["repeats"] += owned.run.sequence.repeats
             counters["holes"] += owned.run.sequence.holes
-        late = counters.pop("late", 0)
+        counters.pop("late", 0)
+        counted = self._tally.totals(self._counters())
         told = [watermark for watermark in watermarks if watermark is not None]
         return Reading(
             ready=ready,
             why="" if ready else "waiting for partitions and their state",
             lag=lag,
             watermark_us=min(told) if told and len(told) == len(watermarks) else None,
-            late=late,
+            late=counted["late"],
             drops=self._letters.count + self._target.dropped + self._totals["lost_records"],
-            totals={**self._totals, "written": self._target.written, "dead_letters": self._letters.count},
+            totals={
+                **self._totals,
+                "written": self._target.written,
+                "dead_letters": self._letters.count,
+                "duplicates": counted["duplicate"],
+                "quarantined": counted["quarantined"],
+                "evictions": sum(count for name, count in counted.items() if "evicted" in name.rpartition(".")[2]),
+            },
+            histograms={
+                "batch_records": self._sizes,
+                "commit_seconds": self.app.commit_seconds,
+                "state_write_seconds": self._write_seconds,
+            },
             levels={
                 "partitions": float(len(self._owned)),
+                "state_size_bytes": float(sum(owned.state_bytes for owned in self._owned.values())),
                 **{f"engine_{name.replace('.', '_')}": float(v) for name, v in counters.items()},
             },
         )
@@ -350,7 +379,6 @@ def run_stage(
     """
 
     async def main(stop: asyncio.Event) -> None:
-        check_versions()
         await wait_for_broker(kafka, streams.broker_timeout_s)
         stage = make(await ensure_topics(kafka))
         worker = StageWorker(stage, kafka, streams, data_dir)

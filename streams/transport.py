@@ -1,20 +1,19 @@
 """Faust's Kafka transport, with a batch as message: one Faust event for each chunk fetched from a partition.
 
-Assignment, rebalance, commits, tables and their recovery stay Faust's. This file brings four things of its own:
-`BatchConsumer` hands over whole chunks and commits what the stage has settled; `Sequencer` makes delivery contiguous,
-because Faust's fetch path may repeat or drop a chunk around a recovery; the clients are made by `collector.kafka`, so
-that security has one config; and a commit that fails while the broker is away is retried, where Faust would crash.
+Assignment, rebalance, commits, tables and their recovery stay Faust's. This file brings three things of its own:
+`BatchConsumer` hands over whole chunks and commits what the stage has settled; the clients are made by
+`collector.kafka`, so that security has one config; and a commit that fails while the broker is away is retried, where
+Faust would crash. Faust's fetch path may repeat or drop a chunk around a recovery: `batch.Sequencer` mends that.
 
 Where a partition is read from is decided by the stage's own state (`Positions`), never by the committed offset alone.
-Beside three files of `collector/` the only one that imports aiokafka. What it uses of Faust that is not public is listed in
-`PRIVATE_SURFACE` and checked by `check_versions`.
+Beside three files of `collector/` the only one that imports aiokafka. What it uses of Faust that is not public is
+listed in `streams/surface.py`; where the installed Faust lacks any of it, `streams/plain.py` stands in for this file.
 """
 
-import importlib
+import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
 
 import faust
 import structlog
@@ -27,75 +26,22 @@ from faust.types import TP
 from collector.kafka import (
     AIOKafkaConsumer,
     AIOKafkaProducer,
-    ConsumerRecord,
     KafkaConfig,
     OffsetAndMetadata,
     TopicPartition,
     make_consumer,
     make_producer,
 )
+from streams.batch import Batch, Positions, Sequencer
 from streams.config import StreamsConfig
+from streams.health import Histogram
+
+__all__ = ["Batch", "BatchApp", "BatchConsumer", "BatchScheduler", "Positions", "Sequencer", "Transport"]
 
 log = structlog.get_logger(__name__)
 
 SCHEME: Final = "inferwatch"
 """The URL scheme of this transport: `inferwatch://HOST:PORT`."""
-
-TESTED: Final = {"faust-streaming": "0.15", "mode-streaming": "0.7", "aiokafka": "0.14"}
-PRIVATE_SURFACE: Final = (
-    ("faust.transport.drivers", "TRANSPORTS"),
-    ("faust.transport.drivers.aiokafka:AIOKafkaConsumerThread", "_create_worker_consumer"),
-    ("faust.transport.drivers.aiokafka:AIOKafkaConsumerThread", "_commit"),
-    ("faust.transport.drivers.aiokafka:AIOKafkaConsumerThread", "_ensure_consumer"),
-    ("faust.transport.drivers.aiokafka:Consumer", "_new_consumer_thread"),
-    ("faust.transport.drivers.aiokafka:Producer", "_new_producer"),
-    ("faust.transport.consumer:Consumer", "_read_offset"),
-    ("faust.transport.consumer:Consumer", "_filter_committable_offsets"),
-    ("faust.transport.consumer:Consumer", "_should_commit"),
-    ("faust.tables.manager:TableManager", "recovery"),
-    ("faust.tables.recovery:Recovery", "active_offsets"),
-    ("faust.tables.recovery:Recovery", "active_remaining"),
-    ("faust.tables.recovery:Recovery", "active_remaining_total"),
-)
-
-
-class UnknownVersion(RuntimeError):
-    """An installed library is not of a version that the batch transport was tested with."""
-
-
-def check_versions() -> None:
-    """Raise UnknownVersion, saying what to install, unless the libraries are as tested and still have what is used."""
-    for package, tested in TESTED.items():
-        found = version(package)
-        if not found.startswith(tested + "."):
-            raise UnknownVersion(
-                f"{package} {found} is installed, but the batch transport was tested with {tested}.x only: "
-                f"install '{package}=={tested}.*'"
-            )
-    for where, name in PRIVATE_SURFACE:
-        module, _, owner = where.partition(":")
-        target = importlib.import_module(module)
-        target = getattr(target, owner) if owner else target
-        if not hasattr(target, name) and name not in getattr(target, "__annotations__", {}):
-            raise UnknownVersion(f"{where} has no {name}: install the pinned versions of requirements/soc.txt")
-
-
-class Batch:
-    """The records of one partition that were fetched together, in offset order; it passes for one Faust record."""
-
-    __slots__ = ("offset", "partition", "records", "timestamp", "timestamp_type", "topic")
-    headers = key = checksum = None
-    serialized_key_size = serialized_value_size = 0
-
-    def __init__(self, topic: str, partition: int, records: Sequence[ConsumerRecord]) -> None:
-        last = records[-1]
-        self.topic, self.partition, self.records = topic, partition, records
-        self.offset, self.timestamp, self.timestamp_type = last.offset, last.timestamp, last.timestamp_type
-
-    @property
-    def value(self) -> "Batch":
-        """What the agent receives."""
-        return self
 
 
 class BatchSchema(faust.Schema[bytes, bytes]):
@@ -143,49 +89,13 @@ class _ReadOffsets(defaultdict[TP, int | None]):
         return None
 
 
-class Sequencer:
-    """Contiguous delivery of one partition: trims what was applied, refuses a hole. Pure; the caller does the seek."""
-
-    __slots__ = ("holes", "next", "repeats")
-
-    def __init__(self, start: int) -> None:
-        self.next = start
-        """The offset that must come next."""
-        self.repeats = 0
-        self.holes = 0
-
-    def accept(self, records: Sequence[ConsumerRecord]) -> Sequence[ConsumerRecord] | None:
-        """The records that are new, maybe none; None at a hole: seek to `next`, the missing ones are still there."""
-        if records[0].offset > self.next:
-            self.holes += 1
-            return None
-        fresh = records
-        if records[0].offset < self.next:
-            fresh = [record for record in records if record.offset >= self.next]
-            self.repeats += len(records) - len(fresh)
-        self.next = max(self.next, records[-1].offset + 1)
-        return fresh
-
-
-class Positions(Protocol):
-    """The stage, as far as the consumer must know it."""
-
-    def next_offset(self, partition: int) -> int | None:
-        """Where the partition is read from; None while its state is not restored."""
-
-    def settled(self) -> Mapping[int, int]:
-        """Partition → offset up to which outputs are acknowledged and state is stored: what may be committed."""
-
-    async def before_revoke(self) -> None:
-        """Called before the partitions go: the last moment to store state."""
-
-
 class BatchApp(faust.App):
     """A Faust app whose one source topic comes in batches."""
 
     def __init__(self, role: str, kafka: KafkaConfig, streams: StreamsConfig, topic: str, **options: Any) -> None:
         self.kafka, self.streams, self.batch_topic = kafka, streams, topic
         self.positions: Positions
+        self.commit_seconds = Histogram.of_seconds()
         super().__init__(
             f"{kafka.topic_prefix}-{role}",
             broker=f"{SCHEME}://{kafka.bootstrap_servers.split(',', 1)[0].strip()}",
@@ -231,12 +141,14 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
         mine = self.assignment()
         wanted = {TopicPartition(*tp): OffsetAndMetadata(offset, "") for tp, offset in offsets.items() if tp in mine}
+        began_s = time.monotonic()
         try:
             await self._ensure_consumer().commit(wanted)
         except (KafkaError, IllegalStateError) as error:
             # The state says where to go on, not the commit; the next one carries the same offsets or better.
             log.warning("offsets not committed", group=self.app.conf.id, error=type(error).__name__)
             return False
+        self.app.commit_seconds.add(time.monotonic() - began_s)
         return True
 
 

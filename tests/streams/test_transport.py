@@ -3,15 +3,13 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 
-import pytest
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams import transport
-from streams.transport import BatchScheduler, Sequencer, UnknownVersion, check_versions
+from streams.batch import Sequencer
+from streams.transport import BatchScheduler
 
 
 @dataclass
@@ -78,25 +76,3 @@ def test_only_the_batch_topic_is_folded() -> None:
     ]
     assert [batch.offset for tp, batch in handed if tp == source] == [8, 12, 14]
     assert [record.offset for tp, record in handed if tp == other] == [0, 1]
-
-
-def test_the_installed_libraries_are_as_tested() -> None:
-    """The pinned versions have all that is used of them."""
-    check_versions()
-
-
-def test_another_version_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer Faust is named, with what to install."""
-    monkeypatch.setattr(
-        transport, "version", lambda name: "9.9.1" if name == "faust-streaming" else metadata.version(name)
-    )
-    with pytest.raises(UnknownVersion, match=r"faust-streaming 9\.9\.1 .* install 'faust-streaming==0\.15\.\*'"):
-        check_versions()
-
-
-def test_a_private_name_that_went_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even under the tested version number."""
-    gone = (("faust.transport.consumer:Consumer", "_no_such_thing"),)
-    monkeypatch.setattr(transport, "PRIVATE_SURFACE", gone)
-    with pytest.raises(UnknownVersion, match="_no_such_thing"):
-        check_versions()
