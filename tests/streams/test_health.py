@@ -10,11 +10,13 @@ import pytest
 
 from collector.kafka import KafkaConfig, ensure_topics
 from streams.config import StreamsConfig
-from streams.health import Health, Reading
+from streams.health import Health, Histogram, Reading
 from streams.status import read_status
 from tests.streams import traffic
 
 AWAY = KafkaConfig(bootstrap_servers="127.0.0.1:9", request_timeout_ms=500)
+SIZES = Histogram((1, 10))
+SIZES.add(4)
 READING = Reading(
     ready=False,
     why="waiting for partitions",
@@ -24,6 +26,7 @@ READING = Reading(
     drops=1,
     totals={"records": 11},
     levels={"partitions": 4.0},
+    histograms={"batch_records": SIZES},
 )
 
 
@@ -44,6 +47,7 @@ async def test_the_pages_say_what_the_reading_says() -> None:
     assert pages[:2] == [(200, "alive\n"), (503, "waiting for partitions\n")]
     assert missing[0] == 404
     values = dict(line.rsplit(" ", 1) for line in pages[2][1].splitlines() if not line.startswith("#"))
+    assert float(values.pop('inferwatch_watermark_delay_seconds{role="stage1"}')) > 3600
     assert values == {
         'inferwatch_ready{role="stage1"}': "0.0",
         'inferwatch_lag_records{role="stage1"}': "7.0",
@@ -52,6 +56,12 @@ async def test_the_pages_say_what_the_reading_says() -> None:
         'inferwatch_late_total{role="stage1"}': "2.0",
         'inferwatch_drops_total{role="stage1"}': "1.0",
         'inferwatch_records_total{role="stage1"}': "11.0",
+        'inferwatch_records_per_second{role="stage1"}': "0.0",
+        'inferwatch_batch_records_bucket{le="1",role="stage1"}': "0.0",
+        'inferwatch_batch_records_bucket{le="10",role="stage1"}': "1.0",
+        'inferwatch_batch_records_bucket{le="+Inf",role="stage1"}': "1.0",
+        'inferwatch_batch_records_count{role="stage1"}': "1.0",
+        'inferwatch_batch_records_sum{role="stage1"}': "4.0",
     }
 
 
@@ -92,7 +102,7 @@ async def test_the_record_is_written_and_says_goodbye(kafka_config: KafkaConfig)
             "late": 2,
             "drops": 1,
             "totals": {"records": 11},
-            "levels": {"partitions": 4.0},
+            "levels": {"partitions": 4.0, "records_per_second": 0.0},
         }
         await traffic.send(kafka_config, [(b"x", b"not json", 0), (b"y", json.dumps({"at": at}).encode(), 0)], "status")
         assert [status["role"] for status in await read_status(kafka_config)] == ["stage1"]
