@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, Tick, encode, uuid7
 from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
 from detectors.config import DetectConfig
@@ -18,6 +16,7 @@ from detectors.engine import PartitionEngine
 from detectors.rollup import Marker
 from detectors.rollup import encode as encode_rollup
 from detectors.time import NEVER
+from streams.batch import Fetched
 from streams.config import StreamsConfig
 from streams.health import process_id
 from streams.output import Outgoing
@@ -34,14 +33,12 @@ class EventShard:
 
     def observe(self, records: Sequence[ConsumerRecord]) -> list[Refused]:
         """Decodes and applies records of iw.events."""
-        refused = [(record, why) for record in records if (why := _unfit(record.value))]
-        usable = [record for record in records if not _unfit(record.value)] if refused else records
-        if usable:
-            raws = [record.value or b"" for record in usable]
-            append_ms = np.array([record.timestamp for record in usable], np.int64)
-            offsets = np.array([record.offset for record in usable], np.int64)
-            refused += [(usable[index], why) for index, why in self._engine.observe_log(raws, append_ms, offsets)]
-        return refused
+        if not records:
+            return []
+        fetched = Fetched.of(records)
+        raws = [raw if raw is not None and len(raw) <= EVENT_BYTES_MAX else b"" for raw in fetched.values]
+        refused = self._engine.observe_log(raws, fetched.append_ms, fetched.offsets)
+        return [(fetched[index], _unfit(fetched.values[index]) or why) for index, why in refused]
 
     def take(self) -> list[Outgoing]:
         """Rollups to the partition of their tenant, each marker to every partition."""

@@ -22,6 +22,13 @@ PUBLIC_PATH_VARIABLE: Final = "INFERWATCH_PUBLIC_PATH"
 """Set in the environment: take the public path whatever is installed."""
 TESTED: Final = {"faust-streaming": "0.15", "mode-streaming": "0.7", "aiokafka": "0.14"}
 PRIVATE_SURFACE: Final = (
+    ("aiokafka.consumer.fetcher", "FetchResult"),
+    ("aiokafka.consumer.fetcher", "READ_COMMITTED"),
+    ("aiokafka.consumer.fetcher:FetchResult", "getall"),
+    ("aiokafka.consumer.fetcher:FetchResult", "has_more"),
+    ("aiokafka.consumer.fetcher:FetchResult", "check_assignment"),
+    ("aiokafka.consumer.fetcher:FetchResult", "_update_position"),
+    ("aiokafka.consumer.fetcher:PartitionRecords", "_unpack_records"),
     ("faust.transport.drivers", "TRANSPORTS"),
     ("faust.transport.drivers.aiokafka:AIOKafkaConsumerThread", "_create_worker_consumer"),
     ("faust.transport.drivers.aiokafka:AIOKafkaConsumerThread", "_commit"),

@@ -32,6 +32,7 @@ from collector.kafka import (
     make_consumer,
     make_producer,
 )
+from streams import fetch
 from streams.batch import Batch, Positions, Sequencer
 from streams.config import StreamsConfig
 from streams.health import Histogram
@@ -94,6 +95,7 @@ class BatchApp(faust.App):
 
     def __init__(self, role: str, kafka: KafkaConfig, streams: StreamsConfig, topic: str, **options: Any) -> None:
         self.kafka, self.streams, self.batch_topic = kafka, streams, topic
+        fetch.enable(topic)
         self.positions: Positions
         self.commit_seconds = Histogram.of_seconds()
         super().__init__(
