@@ -22,12 +22,22 @@ QUICK = {"session_timeout_s": 2.0, "tick_after_s": 1.0, "status_interval_s": 1.0
 class Worker:
     """One process of a role: stage1, stage2, ingest (chDB in FOLDER/store) or deliver (to FOLDER/findings.jsonl)."""
 
-    def __init__(self, role: str, kafka: KafkaConfig, folder: Path, *, name: str = "", **streams: object) -> None:
+    def __init__(
+        self,
+        role: str,
+        kafka: KafkaConfig,
+        folder: Path,
+        *,
+        name: str = "",
+        detect: DetectConfig | None = None,
+        **streams: object,
+    ) -> None:
         self.role = role
         self.folder = folder / (name or role)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log"
         self._kafka = kafka
+        self._detect = detect or DetectConfig()
         self._streams = QUICK | streams
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -37,6 +47,7 @@ class Worker:
         told = {
             "role": self.role,
             "kafka": self._kafka.model_dump(mode="json"),
+            "detect": self._detect.model_dump(mode="json"),
             "streams": self._streams,
             "folder": str(self.folder),
         }
@@ -128,7 +139,8 @@ def _main(told: Mapping[str, object]) -> None:
         run_deliver(kafka, streams, sinks, config_digest="test", on_serving=serving)
     else:
         run = {"stage1": run_stage1, "stage2": run_stage2}[str(told["role"])]
-        run(kafka, DetectConfig(), streams, data_dir=folder, config_digest="test", on_serving=serving)
+        detect = DetectConfig.model_validate(told["detect"])
+        run(kafka, detect, streams, data_dir=folder, config_digest="test", on_serving=serving)
 
 
 def _ingest(kafka: KafkaConfig, streams: StreamsConfig, folder: Path, serving: Callable[[str], None]) -> None:
