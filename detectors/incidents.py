@@ -80,6 +80,15 @@ class Incidents:
         incident.told_rank = max(rank, incident.told_rank)
         return worse
 
+    def hush(self, incident_id: str) -> None:
+        """A finding of it is held back now: what else people hear of the incident, they hear as if for the first time.
+
+        Else one suppressed entity would take the page of another that came with it.
+        """
+        incident = self._incidents.get(incident_id)
+        if incident is not None:
+            incident.told_rank = -1
+
     def dump(self) -> list[tuple[str, Incident]]:
         """All of them, in order."""
         return list(self._incidents.items())

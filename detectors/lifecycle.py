@@ -1,7 +1,7 @@
 """From alarms to findings: an episode opens, is updated, and closes when it has been quiet.
 
-Guarantees: one open episode per (tenant, detector, entity); `uid` is a digest of these and the episode's start, so the
-same events give the same uid whoever computes them; revisions count from 1 without a hole; between two revisions lie at
+Guarantees: one open episode per (tenant, detector, entity); `uid` is a digest of these and of the moment it opened, so
+the same events give the same uid whoever computes them; revisions count from 1 without a hole; between two revisions lie at
 least `update_s`, unless the severity rises, a command is applied, or the episode closes. An alarm within `quiet_s` of
 the last belongs to the same episode: that is also the refractory period.
 
@@ -162,7 +162,8 @@ class Lifecycle:
 
     def _open(self, key: Key, alarm: Alarm) -> Episode:
         detector = key[1]
-        uid = finding_uid(alarm.tenant, detector, alarm.entity, alarm.first_seen_us)
+        # Not by first_seen_us: evidence that fades slowly goes on from before an earlier episode.
+        uid = finding_uid(alarm.tenant, detector, alarm.entity, alarm.at_us)
         return Episode(
             uid,
             detector,
@@ -250,6 +251,8 @@ class Lifecycle:
             episode.acknowledged = None
             self._counters["reopened"] += 1
         held = self._held(episode, at_us)
+        if held is not None and episode.held is None:
+            self._incidents.hush(episode.incident)
         episode.held = None if held is None else held[1]
         if held is not None:
             self._counters[held[0]] += 1

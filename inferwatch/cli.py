@@ -11,7 +11,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from inferwatch import deadletter_cli, topics_cli
+from inferwatch import deadletter_cli, findings_cli, topics_cli
 from inferwatch.config import Config, describe, load
 from inferwatch.options import ConfigOption, JsonOption
 
@@ -24,6 +24,9 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(deadletter_cli.app, name="deadletter")
 app.add_typer(topics_cli.app, name="topics")
+app.add_typer(findings_cli.app, name="finding")
+app.command()(findings_cli.maintenance)
+app.command()(findings_cli.change)
 
 MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
 
@@ -194,6 +197,19 @@ def keys_api(
     secret, key_id = add_api_key(file, tenant=tenant, user=user, on_behalf=on_behalf)
     typer.echo(f"{key_id} was added to {file}. The key, shown only now:", err=True)
     typer.echo(secret)
+
+
+@keys_app.command("operator")
+def keys_operator(name: Annotated[str, typer.Argument(help="Who commands.")], config: ConfigOption = None) -> None:
+    """Make the key that an operator signs commands with, and print the lines that make it known.
+
+    Example: inferwatch keys operator alice
+    """
+    from inferwatch.operators import FOLDER, create_operator_key  # noqa: PLC0415
+
+    file, public = create_operator_key(load(config).data_dir / FOLDER, name)
+    typer.echo(f"Made {file}: keep it to yourself. Put this into inferwatch.toml, where stage 2 runs too:", err=True)
+    typer.echo(f'[detect.commands.operators]\n"{name}" = "{public}"')
 
 
 @dashboards_app.command("export")

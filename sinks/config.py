@@ -69,6 +69,12 @@ class DeliveryConfig(_Settings):
     retry_after_max_s: float = Field(600.0, gt=0, le=86_400, description="A longer Retry-After is cut to this.")
     send_timeout_s: float = Field(150.0, gt=0, le=3600, description="An attempt that hangs is given up after this.")
     remembered_max: int = Field(100_000, ge=1, le=10_000_000, description="Findings whose last revision is remembered.")
+    quiet_sinks: tuple[str, ...] = Field(
+        (), description="Sinks that also get what is suppressed, acknowledged or found in a maintenance window."
+    )
+    once_per_incident: tuple[str, ...] = Field(
+        (), description="Sinks that ring a person: they get what leads an incident, and its close."
+    )
 
 
 class FileConfig(_Settings):
@@ -126,6 +132,15 @@ class SinksConfig(_Settings):
     file: FileConfig | None = Field(None, description="JSON lines in OCSF.")
     webhook: WebhookConfig | None = Field(None, description="A signed webhook.")
     syslog: SyslogConfig | None = Field(None, description="CEF over syslog.")
+
+    @field_validator("delivery")
+    @classmethod
+    def _names_are_sinks(cls, delivery: DeliveryConfig) -> DeliveryConfig:
+        known = [name for name in cls.model_fields if name != "delivery"]
+        for name in (*delivery.quiet_sinks, *delivery.once_per_incident):
+            if name not in known:
+                raise ValueError(f"{name} is no sink; the sinks are {', '.join(known)}")
+        return delivery
 
     @property
     def names(self) -> tuple[str, ...]:

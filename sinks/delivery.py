@@ -88,11 +88,14 @@ class Delivery:
         self._revisions: OrderedDict[str, int] = OrderedDict()
         self._waiting_since_s: float | None = None
         self._lag_s = 0.0
-        self._totals = dict.fromkeys(("delivered", "retried", "refused", "skipped"), 0)
+        self._totals = dict.fromkeys(("delivered", "retried", "refused", "skipped", "quiet", "joined"), 0)
+        self._gives_quiet = sink.name in config.quiet_sinks
+        self._gives_leads_only = sink.name in config.once_per_incident
 
     @property
     def totals(self) -> dict[str, int]:
-        """Since the start: findings delivered, refused (dead letters), skipped (sent before), and attempts retried."""
+        """Since the start: findings delivered, refused (dead letters), skipped (sent before), and attempts retried;
+        not meant for this sink: quiet (a command holds them back), joined (an incident that it was told of)."""
         return dict(self._totals)
 
     @property
@@ -105,7 +108,7 @@ class Delivery:
         """Delivers in order, each finding once; what can't be goes to the dead letter. Raises what that raises."""
         batch: list[Finding] = []
         newest: dict[str, int] = {}
-        for finding in findings:
+        for finding in filter(self._meant, findings):
             if finding.revision <= newest.get(finding.uid, self._revisions.get(finding.uid, 0)):
                 self._totals["skipped"] += 1
                 continue
@@ -116,6 +119,16 @@ class Delivery:
                 batch, newest = [], {}
         if batch:
             await self._bring(batch)
+
+    def _meant(self, finding: Finding) -> bool:
+        """Whether the sink is to be told; counts what is not."""
+        if finding.quiet and not self._gives_quiet:
+            self._totals["quiet"] += 1
+            return False
+        if self._gives_leads_only and not finding.leads:
+            self._totals["joined"] += 1
+            return False
+        return True
 
     async def close(self) -> None:
         """Closes the sink."""

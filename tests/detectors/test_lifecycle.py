@@ -56,7 +56,7 @@ def test_an_episode_opens_is_updated_at_most_once_a_minute_and_closes_when_quiet
         ("update", 3, 120, "at 90"),
         ("close", 4, 390, "at 90"),
     ]
-    assert {each.uid for each in said} == {finding_uid("acme", "probing", ENTITY, T0 - 1)}
+    assert {each.uid for each in said} == {finding_uid("acme", "probing", ENTITY, T0)}
     assert said[-1].evidence.offsets[0].first == 0
     assert said[-1].evidence.offsets[0].last == 90
     assert said[-1].evidence.event_ids == ["e0", "e10", "e20", "e30", "e40"]

@@ -14,7 +14,8 @@ from inferwatch.cli import app
 COMMANDS = (
     ("broker",), ("serve",), ("detect",), ("deliver",), ("store",), ("up",), ("demo",), ("status",), ("version",),
     ("backtest",),
-    ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("dashboards", "export"),
+    ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("keys", "operator"),
+    ("dashboards", "export"),
 )  # fmt: skip
 
 

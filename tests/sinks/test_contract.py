@@ -57,7 +57,10 @@ async def test_a_sink_delivers_in_order_and_once(name, tmp_path):
         await made.deliver(findings)
         await made.deliver(findings)
         assert await arrived(given, 6) == ["a.1", "b.1", "a.2", "b.2", "a.3", "b.3"]
-        assert (letters, made.totals) == ([], {"delivered": 6, "retried": 0, "refused": 0, "skipped": 6})
+        assert (letters, made.totals) == (
+            [],
+            {"delivered": 6, "retried": 0, "refused": 0, "skipped": 6, "quiet": 0, "joined": 0},
+        )
         await made.close()
         await made.close()
     assert sink.name == name

@@ -86,7 +86,7 @@ async def test_a_refused_finding_goes_to_the_dead_letter_and_the_next_is_sent():
     await made.deliver([finding("a"), finding("b")])
     assert letters == [("a", 1, "bad")]
     assert sink.sent == [[("a", 1)], [("b", 1)]]
-    assert made.totals == {"delivered": 1, "retried": 0, "refused": 1, "skipped": 0}
+    assert made.totals == {"delivered": 1, "retried": 0, "refused": 1, "skipped": 0, "quiet": 0, "joined": 0}
 
 
 async def test_a_refused_batch_is_sent_one_by_one():
@@ -157,7 +157,7 @@ async def test_a_dead_letter_may_be_replayed():
     made = delivery(sink)
     await made.deliver([finding("a")])
     await made.deliver([finding("a")])
-    assert made.totals == {"delivered": 1, "retried": 0, "refused": 1, "skipped": 0}
+    assert made.totals == {"delivered": 1, "retried": 0, "refused": 1, "skipped": 0, "quiet": 0, "joined": 0}
 
 
 async def test_memory_is_bounded():
@@ -198,3 +198,24 @@ async def test_levels_tell_lag():
     made = delivery(ScriptedSink())
     await made.deliver([finding("a")])
     assert made.levels == {"lag_s": 2.0, "waiting_s": 0.0}
+
+
+async def test_what_a_command_holds_back_is_for_sinks_that_ask_for_it():
+    """Passed over and counted; a sink in `quiet_sinks` gets it."""
+    sink, asking = ScriptedSink(), ScriptedSink()
+    made = delivery(sink)
+    await made.deliver([finding("a", quiet=True), finding("b")])
+    assert (sink.sent, made.totals["quiet"]) == ([[("b", 1)]], 1)
+    await delivery(asking, quiet_sinks=(asking.name,)).deliver([finding("a", quiet=True)])
+    assert asking.sent == [[("a", 1)]]
+
+
+async def test_a_pager_is_told_once_an_incident():
+    """It gets what leads and its close, not what joined."""
+    sink = ScriptedSink()
+    made = delivery(sink, once_per_incident=(sink.name,))
+    joined = finding("b", incident="i")
+    await made.deliver(
+        [finding("a", incident="i", leads=True), joined, finding("a", 2, incident="i"), finding("a", 3, leads=True)]
+    )
+    assert (sink.sent, made.totals["joined"]) == ([[("a", 1)], [("a", 3)]], 2)
