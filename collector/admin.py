@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import structlog
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
@@ -85,3 +86,111 @@ def _faults(spec: TopicSpec, partitions: int, configs: Mapping[str, str]) -> lis
     if size < least:
         faults.append(f"{spec.name} takes messages of {size} bytes, it must take {least} (max.message.bytes)")
     return faults
+
+
+class TopicFacts(NamedTuple):
+    """A topic as it is."""
+
+    partitions: int
+    replication: int
+    configs: Mapping[str, str]
+
+
+class Mismatch(NamedTuple):
+    """What is wrong with a topic, and the command or setting that mends it."""
+
+    topic: str
+    what: str
+    remedy: str
+
+
+AT_LEAST: Final = ("retention.ms", "min.insync.replicas", "max.message.bytes")
+"""Settings of which more is as good; of retention -1 is more than all."""
+
+
+async def describe_topics(config: KafkaConfig) -> dict[str, TopicFacts]:
+    """Every topic of ours that exists. Raises BrokerAway or TopicMismatch."""
+    names = [spec.name for spec in topic_specs(config)]
+    try:
+        async with asyncio.timeout(4 * config.request_timeout_ms / 1000), admin_client(config) as admin:
+            there = {t["topic"]: t["partitions"] for t in await admin.describe_topics(None) if t["error_code"] == 0}
+            found = [name for name in names if there.get(name)]
+            configs = await _configs(admin, found) if found else {}
+    except (KafkaError, OSError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise BrokerAway(f"no Kafka at {config.bootstrap_servers} to ask for topics: {reason}") from None
+    return {
+        name: TopicFacts(len(there[name]), min(len(p["replicas"]) for p in there[name]), configs[name])
+        for name in found
+    }
+
+
+def mismatches(config: KafkaConfig, facts: Mapping[str, TopicFacts]) -> list[Mismatch]:
+    """Where the topics are not what they must be; more retention, replicas or message size is no mismatch."""
+    found: list[Mismatch] = []
+    for spec in topic_specs(config):
+        fact = facts.get(spec.name)
+        if fact is None:
+            found.append(Mismatch(spec.name, "is missing", "start any process of inferwatch: it makes its topics"))
+            continue
+        found += _partition_mismatch(config, spec, fact)
+        if fact.replication < spec.replication:
+            what = f"has replication {fact.replication}, it must be {spec.replication}"
+            found.append(Mismatch(spec.name, what, "kafka-reassign-partitions.sh, with more replicas a partition"))
+        for key, wanted in spec.configs.items():
+            is_now = fact.configs.get(key, "")
+            if not _suits(key, is_now, wanted):
+                what = f"has {key}={is_now}, it must be {wanted}" + (" or more" if key in AT_LEAST else "")
+                found.append(Mismatch(spec.name, what, _alter(config, spec.name, key, wanted)))
+    return found
+
+
+def _partition_mismatch(config: KafkaConfig, spec: TopicSpec, fact: TopicFacts) -> list[Mismatch]:
+    if fact.partitions == spec.partitions:
+        return []
+    what = f"has {fact.partitions} partitions, the configuration says {spec.partitions}"
+    name = spec.name.removeprefix(f"{config.topic_prefix}.")
+    grow = name == "events" and fact.partitions < spec.partitions
+    remedy = "inferwatch topics grow" if grow else f"set kafka.partitions.{name} = {fact.partitions}"
+    return [Mismatch(spec.name, what, remedy)]
+
+
+def _suits(key: str, is_now: str, wanted: str) -> bool:
+    if key not in AT_LEAST:
+        return is_now == wanted
+    number = int(is_now or 0)
+    return number >= int(wanted) or (key == "retention.ms" and number == -1)
+
+
+def _alter(config: KafkaConfig, topic: str, key: str, value: str) -> str:
+    login = "" if config.security_protocol == "PLAINTEXT" else " --command-config client.properties"
+    return (
+        f"kafka-configs.sh --bootstrap-server {config.bootstrap_servers}{login} --alter --entity-type topics "
+        f"--entity-name {topic} --add-config {key}={value}"
+    )
+
+
+async def count_partitions(config: KafkaConfig) -> dict[str, int]:
+    """Every topic there is, ours or not → its partitions. Raises BrokerAway."""
+    try:
+        async with asyncio.timeout(4 * config.request_timeout_ms / 1000), admin_client(config) as admin:
+            return await _partition_counts(admin)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise BrokerAway(f"no Kafka at {config.bootstrap_servers} to ask for topics: {error}") from None
+
+
+async def add_partitions(config: KafkaConfig, totals: Mapping[str, int]) -> None:
+    """Gives topics so many partitions in all; one that has them already is left alone. Raises BrokerAway or
+    TopicMismatch."""
+    try:
+        async with asyncio.timeout(4 * config.request_timeout_ms / 1000), admin_client(config) as admin:
+            counts = await _partition_counts(admin)
+            more = {name: NewPartitions(total) for name, total in totals.items() if counts.get(name, total) < total}
+            answered = (await admin.create_partitions(more)).topic_errors if more else ()
+            for name, code, message in answered:
+                if code:
+                    raise TopicMismatch(f"Kafka would not give {name} more partitions: {message or f'error {code}'}")
+            while any([(await _partition_counts(admin))[name] < totals[name] for name in more]):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # the controller knows a moment before the brokers do
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise BrokerAway(f"no Kafka at {config.bootstrap_servers} to add partitions with: {error}") from None

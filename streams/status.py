@@ -19,6 +19,11 @@ async def read_status(kafka: KafkaConfig, *, timeout_s: float = 10.0) -> list[di
     """
     await wait_for_broker(kafka, timeout_s)
     await ensure_topics(kafka)
+    return await newest_status(kafka)
+
+
+async def newest_status(kafka: KafkaConfig) -> list[dict[str, object]]:
+    """The same, of topics that are as they are."""
     newest: dict[str, tuple[Mapping[str, object], int]] = {}
     async for record in read_topic(kafka, "status"):
         try:
