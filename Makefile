@@ -6,7 +6,7 @@ UV := .venv-uv/bin/uv
 SYNC := $(UV) pip sync --quiet --require-hashes
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install engine demo test lint format bench soak requirements clean help
+.PHONY: install engine demo test lint format bench soak soak-short requirements clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -59,8 +59,11 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
 	  python=.venv/bin/python; [ $$name = collector ] && python=.venv-engine/bin/python; $$python -m tests.bench.$$name --json; done
 
-soak: .venv/.made ## the long batteries
-	.venv/bin/python -m tests.run --soak $(ARGS)
+soak-short: .venv/.made ## the crash battery, 20 rounds on a real broker
+	INFERWATCH_SOAK_ROUNDS=20 .venv/bin/python -m pytest -q -s tests/soak $(ARGS)
+
+soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them
+	INFERWATCH_SOAK_ROUNDS=200 .venv/bin/python -m tests.run --soak $(ARGS)
 
 requirements: .venv-uv/.made ## compile the pinned requirement files anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/uv.in -o requirements/uv.txt

@@ -30,9 +30,12 @@ class Answer(NamedTuple):
 
     def bare(self) -> list[Finding]:
         """The findings without their offsets: what every layout of the same events must give."""
-        return sorted(
-            (_bare(findings.decode(raw)) for raw in self.findings.values()), key=lambda each: (each.uid, each.revision)
-        )
+        return bare(self.findings.values())
+
+
+def bare(raised: Iterable[bytes]) -> list[Finding]:
+    """Findings without their offsets, in an order of their own."""
+    return sorted((_bare(findings.decode(raw)) for raw in raised), key=lambda each: (each.uid, each.revision))
 
 
 def _bare(each: Finding) -> Finding:

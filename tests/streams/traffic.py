@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from collector.event import (
     SCHEMA_VERSION,
@@ -173,14 +174,19 @@ def expected(kafka: KafkaConfig, detect: DetectConfig, events: Sequence[Consumer
         shard = first.make_shard(partition)
         shard.observe([record for record in events if record.partition == partition])
         for rollup in shard.take():
-            told |= _by_key([rollup.value])
-            merging[rollup.partition].observe([_Record(rollup.value)])  # type: ignore[list-item]
-    raised = [outgoing.value for shard in merging.values() for outgoing in shard.take()]
+            told |= _by_key([rollup.value or b""])
+            merged = Appended(rollup.partition, 0, 0, rollup.value or b"")
+            merging[rollup.partition].observe([merged])  # type: ignore[list-item]  # as much as shards read
+    raised = [outgoing.value or b"" for shard in merging.values() for outgoing in shard.take()]
     return Answer(told, _by_revision(raised))
 
 
-@dataclass
-class _Record:
+class Appended(NamedTuple):
+    """What a stage reads of a record."""
+
+    partition: int
+    offset: int
+    timestamp: int
     value: bytes
 
 
@@ -214,7 +220,9 @@ def _by_revision(values: Sequence[bytes]) -> dict[tuple[str, int], bytes]:
     return found
 
 
-async def caught_up(kafka: KafkaConfig, *workers: Worker, timeout_s: float = 60) -> tuple[Answer, Answer]:
+async def caught_up(
+    kafka: KafkaConfig, *workers: Worker, timeout_s: float = 60, detect: DetectConfig | None = None
+) -> tuple[Answer, Answer]:
     """(what the log leads to, what the stages wrote), once the two agree; else as they are after `timeout_s`.
 
     Where there are ticks the log goes on for ever, so it is read anew each time.
@@ -226,7 +234,7 @@ async def caught_up(kafka: KafkaConfig, *workers: Worker, timeout_s: float = 60)
                 assert worker.process.poll() is None, worker.log.read_text()[-3000:]
             await asyncio.sleep(0.2)
         log = await read(kafka, kafka.topic("events"), kafka.count("events"))
-        wanted, found = expected(kafka, DetectConfig(), log), await observed(kafka)
+        wanted, found = expected(kafka, detect or DetectConfig(), log), await observed(kafka)
         if wanted == found or time.monotonic() > end_s:
             return wanted, found
         await asyncio.sleep(0.2)
