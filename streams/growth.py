@@ -85,7 +85,8 @@ async def grow(
     await wait_for_broker(kafka, streams.broker_timeout_s)
     facts = await describe_topics(kafka)
     topic, after = kafka.topic("events"), kafka.count("events")
-    missing = [name for name in map(kafka.topic, ("events", "rollups", "status")) if name not in facts]
+    needed = (kafka.topic("events"), kafka.topic("rollups"), kafka.topic("status"))
+    missing = [name for name in needed if name not in facts]
     if missing:
         raise NotDrained(f"{', '.join(missing)} is missing: see inferwatch topics check")
     before = facts[topic].partitions
