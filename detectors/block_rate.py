@@ -67,7 +67,9 @@ class BlockRateOne(StageOne):
     def __init__(self, config: DetectConfig, registry: Registry) -> None:
         self._config = config.block_rate
         self._contributors_max = config.contributors_max
-        self._users: EntityTable[Blocked] = EntityTable(self._config.users_max, self._config.distinct_s * SECOND_US)
+        self._users: EntityTable[str, Blocked] = EntityTable(
+            self._config.users_max, self._config.distinct_s * SECOND_US
+        )
         self._registry = registry
         self._last_s = registry.column(f"{NAME}.last_s", np.uint32, SLOTS)
 
@@ -413,7 +415,7 @@ def _effective(counted: dict[str, int]) -> float:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_Users: TypeAlias = Dump[Blocked]
+_Users: TypeAlias = Dump[str, Blocked]
 _users_decoder = msgspec.msgpack.Decoder(_Users)
 _keys_decoder = msgspec.msgpack.Decoder(tuple[dict[str, KeyState], int])
 

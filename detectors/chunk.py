@@ -56,9 +56,9 @@ class Chunk:
         return [(int(moments[index]), self.event(index).event_id) for index in indices[:EVENT_IDS_MAX]]
 
 
-def in_order(columns: Columns) -> Columns:
-    """Sorted by (timestamp, event_id)."""
-    order = np.argsort(columns.moment_us, kind="stable")
+def in_order(columns: Columns, rows: Rows) -> Columns:
+    """These events, sorted by (timestamp, event_id)."""
+    order = rows[np.argsort(columns.moment_us[rows], kind="stable")]
     moments = columns.moment_us[order]
     tied = np.flatnonzero(moments[1:] == moments[:-1])
     if len(tied):

@@ -91,7 +91,7 @@ ARRAYS: Final = (
 
 def columns_of(events: Sequence[AuditEvent], raws: list[bytes], offset: Ints, moment_us: Ints) -> Columns:
     """The columns of these events, whose raw bytes, offsets and moments are given."""
-    kind, kinds = coded([(event.tenant, event.model_version) for event in events])
+    kind, kinds = paired([event.tenant for event in events], [event.model_version for event in events])
     high, low, named = _keys([event.user_id or event.api_key or event.client_address for event in events])
     salts = np.array([_salt(tenant) for tenant, _ in kinds], np.uint64)
     results = [event.guardrail_results for event in events]
@@ -131,6 +131,14 @@ def coded(values: Sequence[Any]) -> tuple[Ints, list[Any]]:
     for number, name in enumerate(names):
         names[name] = number
     return np.array([names[value] for value in values], np.int64), list(names)
+
+
+def paired(ones: Sequence[str], others: Sequence[str]) -> tuple[Ints, list[tuple[str, str]]]:
+    """`coded` of pairs. Mostly there is one pair only, which is seen soonest without making pairs."""
+    one, other = dict.fromkeys(ones), dict.fromkeys(others)
+    if len(one) == len(other) == 1:
+        return np.zeros(len(ones), np.int64), list(zip(one, other, strict=True))
+    return coded(list(zip(ones, others, strict=True)))
 
 
 def _tokens(counts: list[int]) -> Ints:

@@ -7,30 +7,31 @@ replays evict alike. Both are counted. Users without evidence are in `detectors.
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
+Key = TypeVar("Key", str, bytes)
 State = TypeVar("State")
-Dump = tuple[list[tuple[str, int, State]], dict[str, int]]
+Dump = tuple[list[tuple[Key, int, State]], dict[str, int]]
 """An `EntityTable` as it goes into a snapshot: entries, counters."""
 
 
-class EntityTable(Generic[State]):
+class EntityTable(Generic[Key, State]):
     """Key to state, least recently touched first. Memory: `limit` entries."""
 
     def __init__(self, limit: int, idle_us: int) -> None:
         self._limit = limit
         self._idle_us = idle_us
         # OrderedDict, since taking the first of a plain dict again and again takes longer each time.
-        self._entries: OrderedDict[str, tuple[int, State]] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[int, State]] = OrderedDict()
         self.counters: dict[str, int] = {"expired": 0, "evicted_with_evidence": 0}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: str) -> State | None:
+    def get(self, key: Key) -> State | None:
         """The state, untouched; None for a stranger."""
         entry = self._entries.get(key)
         return None if entry is None else entry[1]
 
-    def put(self, key: str, moment_us: int, state: State) -> None:
+    def put(self, key: Key, moment_us: int, state: State) -> None:
         """Keeps `state` as the most recently seen."""
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -38,7 +39,7 @@ class EntityTable(Generic[State]):
             self._make_room(moment_us)
         self._entries[key] = (moment_us, state)
 
-    def drop(self, key: str) -> None:
+    def drop(self, key: Key) -> None:
         """Forgets it, if it is known."""
         self._entries.pop(key, None)
 
@@ -51,11 +52,11 @@ class EntityTable(Generic[State]):
             entries.popitem(last=False)
             self.counters["evicted_with_evidence"] += 1
 
-    def dump(self) -> Dump[State]:
+    def dump(self) -> Dump[Key, State]:
         """What `load` takes, in order."""
         return [(key, moment_us, state) for key, (moment_us, state) in self._entries.items()], self.counters
 
-    def load(self, dumped: Dump[State]) -> None:
+    def load(self, dumped: Dump[Key, State]) -> None:
         """Goes on from a dump."""
         entries, self.counters = dumped
         self._entries = OrderedDict((key, (moment_us, state)) for key, moment_us, state in entries)

@@ -15,10 +15,21 @@ import numpy as np
 import structlog
 from msgspec import Struct
 
-from collector.event import AnyRecord, AuditEvent, BadEvent, Goodbye, Hello, Tick, decode_all, encode, timestamp_us
+from collector.event import (
+    AnyRecord,
+    AuditEvent,
+    BadEvent,
+    Goodbye,
+    Hello,
+    Rejection,
+    Tick,
+    decode_all,
+    encode,
+    timestamp_us,
+)
 from detectors.catalogue import enabled
 from detectors.chunk import Chunk, in_order
-from detectors.columns import Columns, Ints, coded, columns_of, joined, picked
+from detectors.columns import Columns, Ints, columns_of, joined, paired, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
 from detectors.detector import printable
@@ -33,6 +44,7 @@ log = structlog.get_logger(__name__)
 PIECE_RECORDS: Final = 1_024
 """Decoded at a time: few enough to stay in the processor's cache until they are columns."""
 SPECIAL: Final = (Hello, Goodbye, Tick)
+EVENTS: Final = frozenset((AuditEvent, Rejection))
 
 
 class _PartitionState(Struct, array_like=True):
@@ -114,15 +126,13 @@ class PartitionEngine:
         for first in range(begin, len(raws), PIECE_RECORDS):
             last = min(first + PIECE_RECORDS, len(raws))
             piece = _Piece([], list(raws[first:last]), append_ms[first:last], offsets[first:last])
-            good: list[int] = []
-            for index, record in enumerate(decode_all(piece.raws)):
-                if isinstance(record, BadEvent):
-                    refused.append((first + index, str(record)))
-                else:
-                    good.append(index)
-                    piece.records.append(record)
-            if len(good) < len(piece.raws):
-                piece.raws = [piece.raws[index] for index in good]
+            decoded = decode_all(piece.raws)
+            bad = [index for index, record in enumerate(decoded) if isinstance(record, BadEvent)]
+            piece.records = [record for record in decoded if not isinstance(record, BadEvent)] if bad else decoded
+            if bad:
+                refused += [(first + index, str(decoded[index])) for index in bad]
+                good = np.delete(np.arange(last - first), bad)
+                piece.raws = [piece.raws[index] for index in good.tolist()]
                 piece.append_ms, piece.offsets = piece.append_ms[good], piece.offsets[good]
             self._piece(piece)
             self.applied_offset = int(offsets[last - 1])
@@ -144,6 +154,10 @@ class PartitionEngine:
             for index, (record, clean) in enumerate(zip(piece.records, cleaned, strict=True)):
                 if record is not clean:
                     piece.records[index], piece.raws[index] = clean, encode(clean)
+        types = set(map(type, piece.records))
+        if types.isdisjoint(SPECIAL):
+            self._run(piece, types)
+            return
         special = [
             -1,
             *(i for i, record in enumerate(piece.records) if isinstance(record, SPECIAL)),
@@ -155,14 +169,18 @@ class PartitionEngine:
                     piece.records[before], piece.raws[before], int(piece.append_ms[before]), int(piece.offsets[before])
                 )
             if after - before > 1:
-                self._run(piece.cut(before + 1, after) if len(special) > 2 else piece)
+                self._run(piece.cut(before + 1, after), types)
 
-    def _run(self, piece: _Piece) -> None:
+    def _run(self, piece: _Piece, types: set[type]) -> None:
         """Records without a special one among them: at once where the clock can, else one by one."""
         records = piece.records
-        event = np.array([isinstance(record, AuditEvent) for record in records])
+        if not records:
+            return
+        event = np.ones(len(records), bool)
+        if not types <= EVENTS:
+            event = np.array([isinstance(record, AuditEvent) for record in records])
         moment_us = _moments(records)
-        lane, pairs = coded([(record.collector_id, record.boot) for record in records])
+        lane, pairs = paired([record.collector_id for record in records], [record.boot for record in records])
         lanes = [f"{collector}\n{boot}" for collector, boot in pairs]
         seq = np.array([record.seq for record in records], np.int64)
         judged, closed = self._clock.observe_run(Run(lane, lanes, seq, moment_us, event, piece.append_ms))
@@ -219,7 +237,7 @@ class PartitionEngine:
         due = columns.moment_us < (through + 1) * SECOND_US
         self._waiting = [] if due.all() else [picked(columns, np.flatnonzero(~due))]
         if due.any():
-            self._tell(in_order(columns if due.all() else picked(columns, np.flatnonzero(due))))
+            self._tell(in_order(columns, np.flatnonzero(due)))
 
     def _tell(self, columns: Columns) -> None:
         if self._registry.sure_of_room(len(columns)):

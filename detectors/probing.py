@@ -16,6 +16,7 @@ Memory: 21 bytes a user; 300 a user and session with evidence, and at most 16 pr
 """
 
 import math
+from collections import Counter
 from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
 
@@ -77,6 +78,9 @@ class Client(Struct):
 SESSIONS_MAX: Final = 32
 """Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
 UNDER_SUSPICION: Final = 1
+SUSPECTED_HALF_LIVES: Final = 8
+"""How long a user who came under suspicion is among the last to be forgotten."""
+KEY_BYTES: Final = 16
 
 
 class ProbingOne(StageOne):
@@ -87,7 +91,9 @@ class ProbingOne(StageOne):
     def __init__(self, config: DetectConfig, registry: Registry) -> None:
         self._config = config.probing
         self._registry = registry
-        self._suspects: EntityTable[Client] = EntityTable(self._config.suspects_max, self._config.idle_s * SECOND_US)
+        self._suspects: EntityTable[bytes, Client] = EntityTable(
+            self._config.suspects_max, self._config.idle_s * SECOND_US
+        )
         self._day = registry.column(f"{NAME}.day", np.uint32)
         self._past_prompts = registry.column(f"{NAME}.past_prompts", np.uint32)
         self._past_blocks = registry.column(f"{NAME}.past_blocks", np.uint32)
@@ -107,16 +113,48 @@ class ProbingOne(StageOne):
         return told
 
     def _of_a_day(self, chunk: Chunk, begin: int, end: int, day: int) -> list[Partial | Signal]:
+        columns = chunk.columns
         rows = np.arange(begin, end)
-        rows = rows[chunk.columns.judged[begin:end] & (chunk.entity[begin:end] >= 0)]
+        rows = rows[columns.judged[begin:end] & (chunk.entity[begin:end] >= 0)]
         entity = chunk.entity[rows]
         self._turn(np.unique(entity), day)
-        closer = (self._flag.values[entity] == UNDER_SUSPICION) | np.isin(entity, entity[chunk.columns.blocked[rows]])
+        closer = (self._flag.values[entity] == UNDER_SUSPICION) | np.isin(entity, entity[columns.blocked[rows]])
         np.add.at(self._prompts.values, entity[~closer], 1)
+        rows, entity = rows[closer], entity[closer]
+        keys = np.stack((columns.high[rows], columns.low[rows]), axis=1).tobytes()
+        past = zip(self._past_prompts.values[entity].tolist(), self._past_blocks.values[entity].tolist(), strict=True)
         signals: dict[tuple[int, str, str], Signal] = {}
-        for row in rows[closer].tolist():
-            self._judge(chunk, row, signals)
+        prompts, blocks = Counter[int](), Counter[int]()
+        for number, (row, who, before) in enumerate(zip(rows.tolist(), entity.tolist(), past, strict=True)):
+            key = keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]
+            client = self._suspects.get(key)
+            if client is None:
+                if not columns.blocked[row]:
+                    prompts[who] += 1
+                    continue
+                client = Client()
+            taken = Taken(int(columns.moment_us[row]), chunk.event(row), int(columns.offset[row]))
+            new, told = self._suspect(client, taken, before, chunk.partition)
+            if new:
+                prompts[who] += 1
+                blocks[who] += taken.event.blocked
+            if told is not None:
+                signals[told.second, told.tenant, told.key] = told
+            self._keep(key, who, client, taken.moment_us)
+        for counted, column in ((prompts, self._prompts), (blocks, self._blocks)):
+            whose = np.fromiter(counted, np.int64, len(counted))
+            column.values[whose] += np.fromiter(counted.values(), np.uint32, len(counted))
         return list(signals.values())
+
+    def _keep(self, key: bytes, entity: int, client: Client, moment_us: int) -> None:
+        if client.whole is None:
+            self._suspects.drop(key)
+            self._flag.values[entity] = 0
+            return
+        if self._suspects.get(key) is None:
+            self._flag.values[entity] = UNDER_SUSPICION
+            self._registry.suspect(entity, moment_us // SECOND_US + SUSPECTED_HALF_LIVES * self._config.half_life_s)
+        self._suspects.put(key, moment_us, client)
 
     def _turn(self, entity: Rows, day: int) -> None:
         """A new day for those who were last seen on another."""
@@ -126,36 +164,15 @@ class ProbingOne(StageOne):
         self._prompts.values[entity] = self._blocks.values[entity] = 0
         self._day.values[entity] = day
 
-    def _judge(self, chunk: Chunk, row: int, signals: dict[tuple[int, str, str], Signal]) -> None:
-        """One request of a user who is under suspicion, or was blocked in this chunk."""
-        entity = int(chunk.entity[row])
-        suspected = self._flag.values[entity] == UNDER_SUSPICION
-        if not suspected and not chunk.columns.blocked[row]:
-            self._prompts.values[entity] += 1
-            return
-        event = chunk.event(row)
-        name = f"{event.tenant}\n{actor(event)}"
-        client = (self._suspects.get(name) if suspected else None) or Client()
-        taken = Taken(int(chunk.columns.moment_us[row]), event, int(chunk.columns.offset[row]))
-        self._suspect(client, entity, taken, chunk.partition, signals)
-        self._flag.values[entity] = UNDER_SUSPICION if client.whole is not None else 0
-        if client.whole is None:
-            self._suspects.drop(name)
-        else:
-            self._registry.suspect(entity, taken.moment_us // SECOND_US + 4 * self._config.half_life_s)
-            self._suspects.put(name, taken.moment_us, client)
-
     def _suspect(
-        self, client: Client, entity: int, taken: Taken, partition: int, signals: dict[tuple[int, str, str], Signal]
-    ) -> None:
+        self, client: Client, taken: Taken, past: tuple[int, int], partition: int
+    ) -> tuple[bool, Signal | None]:
+        """Whether the prompt was a new one, and what is to be told."""
         event = taken.event
         prompt = prompt_of(event)
         new = not seen_before(prompt, client.known, self._config.same_prompt)
         if new:
             client.known = [*client.known, prompt][-self._config.prompts_max :]
-            self._prompts.values[entity] += 1
-            self._blocks.values[entity] += event.blocked
-        past = int(self._past_prompts.values[entity]), int(self._past_blocks.values[entity])
         gain = self._gain(*past, blocked=event.blocked) if new else 0.0
         client.whole = self._step(client.whole, taken, gain, new=new)
         if event.session_id:
@@ -166,10 +183,7 @@ class ProbingOne(StageOne):
             client.known, client.sessions = [], {}
         elif len(client.sessions) > SESSIONS_MAX:
             del client.sessions[min(client.sessions, key=lambda name: (client.sessions[name].sum, name))]
-        if new and event.blocked:
-            told = self._tell(client, taken, past, partition)
-            if told is not None:
-                signals[told.second, told.tenant, told.key] = told
+        return new, self._tell(client, taken, past, partition) if new and event.blocked else None
 
     def _rate(self, prompts: int, blocks: int) -> float:
         """The client's own block rate on days before today, at least the assumed one."""
@@ -295,7 +309,7 @@ class ProbingTwo(StageTwo):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_Clients: TypeAlias = Dump[Client]
+_Clients: TypeAlias = Dump[bytes, Client]
 _decoder = msgspec.msgpack.Decoder(_Clients)
 
 DETECTOR: Final = Detector(

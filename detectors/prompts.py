@@ -7,7 +7,7 @@ containment of documents", SEQUENCES 1997. The sketch is keyed, so it says nothi
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -26,21 +26,22 @@ class Prompt(Struct, frozen=True, array_like=True):
 
 def prompt_of(event: AuditEvent) -> Prompt:
     """The prompt of an event; a sketch that can't be read counts as none."""
-    try:
-        sketch = base64.b64decode(event.minhash, validate=True)
-    except (binascii.Error, ValueError):
-        sketch = b""
+    sketch = b""
+    if event.minhash:
+        try:
+            sketch = base64.b64decode(event.minhash, validate=True)
+        except (binascii.Error, ValueError):
+            sketch = b""
     return Prompt(event.turn_hash or event.prompt_hash, sketch if len(sketch) % 4 == 0 else b"")
 
 
-def seen_before(prompt: Prompt, known: Iterable[Prompt], same: float) -> bool:
+def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
     """Whether `prompt` is one of `known`: equal digests, or sketches of one size with similarity of at least `same`."""
+    if prompt.digest and any(prompt.digest == other.digest for other in known):
+        return True
+    alike = [other.sketch for other in known if prompt.sketch and len(other.sketch) == len(prompt.sketch)]
+    if not alike:
+        return False
     slots = np.frombuffer(prompt.sketch, "<u4")
-    for other in known:
-        if prompt.digest and prompt.digest == other.digest:
-            return True
-        if len(slots) and len(other.sketch) == len(prompt.sketch):
-            equal = int(np.count_nonzero(slots == np.frombuffer(other.sketch, "<u4")))
-            if equal >= same * len(slots):
-                return True
-    return False
+    equal = np.count_nonzero(np.frombuffer(b"".join(alike), "<u4").reshape(len(alike), -1) == slots, axis=1)
+    return bool(equal.max() >= same * len(slots))

@@ -167,7 +167,7 @@ class TokenLengthTwo(StageTwo):
     def __init__(self, config: DetectConfig) -> None:
         self._config = config.token_length
         self._models: dict[str, ModelState] = {}
-        self._users: EntityTable[Evidence] = EntityTable(
+        self._users: EntityTable[str, Evidence] = EntityTable(
             self._config.users_max, 16 * self._config.half_life_s * SECOND_US
         )
         self._refused_keys = 0
@@ -366,7 +366,7 @@ class TokenLengthTwo(StageTwo):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[Evidence], int])
+_decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[str, Evidence], int])
 
 DETECTOR: Final = Detector(
     card=Card(

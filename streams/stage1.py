@@ -36,7 +36,7 @@ class EventShard:
         if not records:
             return []
         fetched = Fetched.of(records)
-        raws = [raw if raw is not None and len(raw) <= EVENT_BYTES_MAX else b"" for raw in fetched.values]
+        raws = [b"" if raw is None or len(raw) > EVENT_BYTES_MAX else raw for raw in fetched.values]
         refused = self._engine.observe_log(raws, fetched.append_ms, fetched.offsets)
         return [(fetched[index], _unfit(fetched.values[index]) or why) for index, why in refused]
 

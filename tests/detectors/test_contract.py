@@ -35,7 +35,8 @@ def seconds(events: list[AuditEvent], *, step: int = 1) -> list[tuple[int, Colum
     """Events of `step` seconds at a time, in order, each with the last of its seconds."""
     clean = [event for event in map(printable, events) if isinstance(event, AuditEvent)]
     moments = np.array([timestamp_us(event.timestamp) for event in clean], np.int64)
-    whole = in_order(columns_of(clean, [encode(event) for event in clean], np.arange(len(clean)), moments))
+    numbers = np.arange(len(clean))
+    whole = in_order(columns_of(clean, [encode(event) for event in clean], numbers, moments), numbers)
     blocks = whole.moment_us // SECOND_US // step
     return [(int(block + 1) * step - 1, picked(whole, np.flatnonzero(blocks == block))) for block in np.unique(blocks)]
 

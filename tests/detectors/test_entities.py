@@ -6,7 +6,7 @@ from detectors.prompts import Prompt, seen_before
 
 def test_a_full_table_forgets_the_longest_unseen_and_counts_it() -> None:
     """Seen means put, not looked at."""
-    table: EntityTable[int] = EntityTable(2, 10**9)
+    table: EntityTable[str, int] = EntityTable(2, 10**9)
     for number, key in enumerate(("a", "b", "a", "c")):
         table.put(key, number, number)
         table.get("b")
@@ -16,7 +16,7 @@ def test_a_full_table_forgets_the_longest_unseen_and_counts_it() -> None:
 
 def test_the_idle_are_forgotten_before_anybody_is_evicted() -> None:
     """Idle beyond the limit counts as expired."""
-    table: EntityTable[int] = EntityTable(2, 100)
+    table: EntityTable[str, int] = EntityTable(2, 100)
     table.put("a", 0, 1)
     table.put("b", 50, 2)
     table.put("c", 120, 3)
@@ -26,10 +26,10 @@ def test_the_idle_are_forgotten_before_anybody_is_evicted() -> None:
 
 def test_a_dump_loads_in_the_same_order() -> None:
     """So that eviction after a restart is the same."""
-    table: EntityTable[int] = EntityTable(2, 10**9)
+    table: EntityTable[str, int] = EntityTable(2, 10**9)
     for number, key in enumerate(("a", "b", "a")):
         table.put(key, number, number)
-    other: EntityTable[int] = EntityTable(2, 10**9)
+    other: EntityTable[str, int] = EntityTable(2, 10**9)
     other.load(table.dump())
     other.put("c", 4, 3)
     assert (other.get("a"), other.get("b")) == (2, None)
