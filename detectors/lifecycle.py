@@ -1,9 +1,9 @@
 """From alarms to findings: an episode opens, is updated, and closes when it has been quiet.
 
 Guarantees: one open episode per (tenant, detector, entity); `uid` is a digest of these and of the moment it opened, so
-the same events give the same uid whoever computes them; revisions count from 1 without a hole; between two revisions lie at
-least `update_s`, unless the severity rises, a command is applied, or the episode closes. An alarm within `quiet_s` of
-the last belongs to the same episode: that is also the refractory period.
+the same events give the same uid whoever computes them; revisions count from 1 without a hole; between two revisions
+lie at least `update_s`, unless the severity rises, a command is applied, or the episode closes. An alarm within
+`quiet_s` of the last belongs to the same episode: that is also the refractory period.
 
 What a command holds back is no less an episode: every revision is made, and marked `quiet`, which sinks of people pass
 over. It is told again (`leads`) once it is worse than what the command was given for, or the command ends.
