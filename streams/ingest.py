@@ -13,6 +13,7 @@ import fcntl
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -237,13 +238,22 @@ class Ingest:
             first, last = batch[0].offset, batch[-1].offset
             rows = intake.rows(batch)
             if rows:
-                intake.progress.intend(first, last)
                 token = token_of(intake.tp.topic, intake.tp.partition, first, last)
-                await self._insertions.make(self._store.insert_events, rows, token)
+                await self._insertions.make(partial(self._intend_and_insert, intake, first, last), rows, token)
                 self._stored += len(rows)
             if intake.stored():
                 await commit(consumer, intake.tp, last + 1)
 
+    def _intend_and_insert(
+        self, intake: Intake, first: int, last: int, rows: Sequence[StoredEvent], *, token: str
+    ) -> None:
+        intake.progress.intend(first, last)
+        self._store.insert_events(rows, token=token)
+
     def _save(self) -> None:
         for intake in self._intakes.values():
-            intake.save()
+            try:
+                intake.save()
+            except OSError as error:
+                # The disk is full: more is read again after a crash, until a later one succeeds.
+                log.warning("clock not saved", topic=intake.tp.topic, partition=intake.tp.partition, error=str(error))
