@@ -231,19 +231,22 @@ def decode(raw: bytes) -> AnyRecord:
     return record
 
 
-def decode_all(raws: Sequence[bytes]) -> list[AnyRecord | BadEvent]:
-    """What `decode` gives or raises for each of `raws`, in less time."""
+def decode_all(raws: Sequence[bytes]) -> tuple[list[AnyRecord], dict[int, BadEvent]]:
+    """What `decode` gives for each of `raws`, in less time; by index what it raises, those being left out."""
     decode_one = _decoder.decode
     try:
         records = [decode_one(raw) for raw in raws]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return [_decoded(raw) for raw in raws]
-    if {record.schema_version for record in records} - {SCHEMA_VERSION}:
-        return [_decoded(raw) for raw in raws]
-    return list(records)
+        pass
+    else:
+        if not {record.schema_version for record in records} - {SCHEMA_VERSION}:
+            return records, {}
+    tried = [_tried(raw) for raw in raws]
+    bad = {index: each for index, each in enumerate(tried) if isinstance(each, BadEvent)}
+    return [each for each in tried if not isinstance(each, BadEvent)], bad
 
 
-def _decoded(raw: bytes) -> AnyRecord | BadEvent:
+def _tried(raw: bytes) -> AnyRecord | BadEvent:
     try:
         return decode(raw)
     except BadEvent as refusal:

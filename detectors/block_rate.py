@@ -121,7 +121,7 @@ class BlockRateOne(StageOne):
         last_s = self._last_s.values
         last = last_s[entity, slots].astype(np.int64)
         fresh: Flags = (entity < 0) | (last == 0) | (second - last >= self._config.fresh_s)
-        again = np.isin(entity, entity[blocked & (entity >= 0)])
+        again = np.isin(entity, entity[blocked & (entity >= 0)]) if blocked.any() else blocked
         before = -1
         blocks: list[tuple[int, int]] = []
         for index in np.flatnonzero(again).tolist():

@@ -18,7 +18,6 @@ from msgspec import Struct
 from collector.event import (
     AnyRecord,
     AuditEvent,
-    BadEvent,
     Goodbye,
     Hello,
     Rejection,
@@ -126,12 +125,10 @@ class PartitionEngine:
         for first in range(begin, len(raws), PIECE_RECORDS):
             last = min(first + PIECE_RECORDS, len(raws))
             piece = _Piece([], list(raws[first:last]), append_ms[first:last], offsets[first:last])
-            decoded = decode_all(piece.raws)
-            bad = [index for index, record in enumerate(decoded) if isinstance(record, BadEvent)]
-            piece.records = [record for record in decoded if not isinstance(record, BadEvent)] if bad else decoded
+            piece.records, bad = decode_all(piece.raws)
             if bad:
-                refused += [(first + index, str(decoded[index])) for index in bad]
-                good = np.delete(np.arange(last - first), bad)
+                refused += [(first + index, str(why)) for index, why in bad.items()]
+                good = np.delete(np.arange(last - first), list(bad))
                 piece.raws = [piece.raws[index] for index in good.tolist()]
                 piece.append_ms, piece.offsets = piece.append_ms[good], piece.offsets[good]
             self._piece(piece)
@@ -306,7 +303,7 @@ class PartitionEngine:
         self._waiting = []
         if state.waiting:
             offsets, moments, raws = zip(*state.waiting, strict=True)
-            events = [event for event in decode_all(raws) if isinstance(event, AuditEvent)]
+            events = [event for event in decode_all(raws)[0] if isinstance(event, AuditEvent)]
             columns = columns_of(events, list(raws), np.array(offsets, np.int64), np.array(moments, np.int64))
             self._waiting = [columns]
 

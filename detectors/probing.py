@@ -78,9 +78,11 @@ class Client(Struct):
 SESSIONS_MAX: Final = 32
 """Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
 UNDER_SUSPICION: Final = 1
+BLOCKED_NOW: Final = 2
 SUSPECTED_HALF_LIVES: Final = 8
 """How long a user who came under suspicion is among the last to be forgotten."""
 KEY_BYTES: Final = 16
+GAINS_MAX: Final = 4_096
 
 
 class ProbingOne(StageOne):
@@ -94,6 +96,7 @@ class ProbingOne(StageOne):
         self._suspects: EntityTable[bytes, Client] = EntityTable(
             self._config.suspects_max, self._config.idle_s * SECOND_US
         )
+        self._gains: dict[tuple[int, int], tuple[float, float]] = {}
         self._day = registry.column(f"{NAME}.day", np.uint32)
         self._past_prompts = registry.column(f"{NAME}.past_prompts", np.uint32)
         self._past_blocks = registry.column(f"{NAME}.past_blocks", np.uint32)
@@ -117,8 +120,11 @@ class ProbingOne(StageOne):
         rows = np.arange(begin, end)
         rows = rows[columns.judged[begin:end] & (chunk.entity[begin:end] >= 0)]
         entity = chunk.entity[rows]
-        self._turn(np.unique(entity), day)
-        closer = (self._flag.values[entity] == UNDER_SUSPICION) | np.isin(entity, entity[columns.blocked[rows]])
+        self._turn(entity, day)
+        blocked = entity[columns.blocked[rows]]
+        self._flag.values[blocked] |= BLOCKED_NOW
+        closer = self._flag.values[entity] != 0
+        self._flag.values[blocked] &= UNDER_SUSPICION
         np.add.at(self._prompts.values, entity[~closer], 1)
         rows, entity = rows[closer], entity[closer]
         keys = np.stack((columns.high[rows], columns.low[rows]), axis=1).tobytes()
@@ -133,6 +139,9 @@ class ProbingOne(StageOne):
                     prompts[who] += 1
                     continue
                 client = Client()
+                self._flag.values[who] = UNDER_SUSPICION
+                until_s = int(chunk.second[row]) + SUSPECTED_HALF_LIVES * self._config.half_life_s
+                self._registry.suspect(who, until_s)
             taken = Taken(int(columns.moment_us[row]), chunk.event(row), int(columns.offset[row]))
             new, told = self._suspect(client, taken, before, chunk.partition)
             if new:
@@ -140,25 +149,19 @@ class ProbingOne(StageOne):
                 blocks[who] += taken.event.blocked
             if told is not None:
                 signals[told.second, told.tenant, told.key] = told
-            self._keep(key, who, client, taken.moment_us)
+            if client.whole is not None:
+                self._suspects.put(key, taken.moment_us, client)
+            else:
+                self._suspects.drop(key)
+                self._flag.values[who] = 0
         for counted, column in ((prompts, self._prompts), (blocks, self._blocks)):
             whose = np.fromiter(counted, np.int64, len(counted))
             column.values[whose] += np.fromiter(counted.values(), np.uint32, len(counted))
         return list(signals.values())
 
-    def _keep(self, key: bytes, entity: int, client: Client, moment_us: int) -> None:
-        if client.whole is None:
-            self._suspects.drop(key)
-            self._flag.values[entity] = 0
-            return
-        if self._suspects.get(key) is None:
-            self._flag.values[entity] = UNDER_SUSPICION
-            self._registry.suspect(entity, moment_us // SECOND_US + SUSPECTED_HALF_LIVES * self._config.half_life_s)
-        self._suspects.put(key, moment_us, client)
-
     def _turn(self, entity: Rows, day: int) -> None:
         """A new day for those who were last seen on another."""
-        entity = entity[self._day.values[entity] != day]
+        entity = np.unique(entity[self._day.values[entity] != day])
         self._past_prompts.values[entity] += self._prompts.values[entity]
         self._past_blocks.values[entity] += self._blocks.values[entity]
         self._prompts.values[entity] = self._blocks.values[entity] = 0
@@ -173,7 +176,7 @@ class ProbingOne(StageOne):
         new = not seen_before(prompt, client.known, self._config.same_prompt)
         if new:
             client.known = [*client.known, prompt][-self._config.prompts_max :]
-        gain = self._gain(*past, blocked=event.blocked) if new else 0.0
+        gain = self._gain(past, blocked=event.blocked) if new else 0.0
         client.whole = self._step(client.whole, taken, gain, new=new)
         if event.session_id:
             session = self._step(client.sessions.pop(event.session_id, None), taken, gain, new=new)
@@ -188,14 +191,19 @@ class ProbingOne(StageOne):
     def _rate(self, prompts: int, blocks: int) -> float:
         """The client's own block rate on days before today, at least the assumed one."""
         config = self._config
-        return max(
-            config.prior_rate, (blocks + config.prior_rate * config.prior_prompts) / (prompts + config.prior_prompts)
-        )
+        usual = (blocks + config.prior_rate * config.prior_prompts) / (prompts + config.prior_prompts)
+        return max(config.prior_rate, usual)
 
-    def _gain(self, prompts: int, blocks: int, *, blocked: bool) -> float:
-        usual = min(self._rate(prompts, blocks), 0.9)
-        attack = min(max(self._config.attack_rate, 2.5 * usual), 0.95)
-        return math.log(attack / usual) if blocked else math.log((1 - attack) / (1 - usual))
+    def _gain(self, past: tuple[int, int], *, blocked: bool) -> float:
+        """What a distinct prompt weighs; the last answers are kept, since most clients have the same past: none."""
+        gains = self._gains.get(past)
+        if gains is None:
+            usual = min(self._rate(*past), 0.9)
+            attack = min(max(self._config.attack_rate, 2.5 * usual), 0.95)
+            if len(self._gains) >= GAINS_MAX:
+                self._gains.clear()
+            gains = self._gains[past] = math.log((1 - attack) / (1 - usual)), math.log(attack / usual)
+        return gains[blocked]
 
     def _step(self, suspicion: Suspicion | None, taken: Taken, gain: float, *, new: bool) -> Suspicion | None:
         """The evidence after this request; None when it is back to nothing."""

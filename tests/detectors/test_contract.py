@@ -43,7 +43,7 @@ def seconds(events: list[AuditEvent], *, step: int = 1) -> list[tuple[int, Colum
 
 def part_of(columns: Columns, parts: int, part: int) -> Columns:
     """The events that a partition would have."""
-    events = [event for event in decode_all(columns.raws) if isinstance(event, AuditEvent)]
+    events = [event for event in decode_all(columns.raws)[0] if isinstance(event, AuditEvent)]
     return picked(columns, np.array([i for i, e in enumerate(events) if partition_of(e, parts) == part], np.int64))
 
 
