@@ -52,7 +52,7 @@ def undisturbed(first: Stage, second: Stage, tenant_partitions: int, logs: Seque
         shard.observe(list(log))
         told += [Record(out.partition, n, 0, out.value or b"") for n, out in enumerate(shard.take())]
     for number, engine in enumerate(merging):
-        engine.observe([record for record in told if record.partition == number])  # type: ignore[misc]  # as much as shards read
+        engine.observe([record for record in told if record.partition == number])
     raised = [Record(0, 0, 0, out.value or b"") for engine in merging for out in engine.take()]
     wrong: list[str] = []
     return Answer(_by_key(told, wrong), _by_revision(raised, wrong))
@@ -133,7 +133,7 @@ def _by_key(records: Sequence[Record], wrong: list[str]) -> dict[Key, bytes]:
     found: dict[Key, bytes] = {}
     for record in records:
         rollup = rollups.decode(record.value)
-        if isinstance(rollup, rollups.Marker):
+        if not isinstance(rollup, rollups.Partial | rollups.Signal):
             continue
         key = (rollup.partition, rollup.second, type(rollup).__name__, rollup.tenant, rollup.kind, rollup.key)
         if found.setdefault(key, record.value) != record.value:
@@ -156,6 +156,8 @@ def _markers(told: Sequence[Record]) -> list[str]:
     seen: set[tuple[int, bytes]] = set()
     for record in sorted(told, key=lambda record: (record.partition, record.offset)):
         rollup = rollups.decode(record.value)
+        if isinstance(rollup, rollups.Command):
+            continue
         lane = (record.partition, rollup.partition)
         if isinstance(rollup, rollups.Marker):
             through[lane] = max(through.get(lane, rollup.closed_through), rollup.closed_through)

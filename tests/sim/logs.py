@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -37,6 +37,7 @@ class Record(NamedTuple):
     timestamp: int
     value: bytes
     key: bytes = b""
+    topic: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ def _come_late(log: list[Logged], events: Sequence[AuditEvent]) -> None:
     """A collector whose clock is right but which was cut off: it tells of seconds that are long closed."""
     at_ms = START_US // 1000 + 11_000
     sample = next(event for event in events if event.status == "ok")
-    common = {"collector_id": "cut off", "boot": "b2"}
+    common: dict[str, Any] = {"collector_id": "cut off", "boot": "b2"}
     lane: list[AnyRecord] = [
         Hello(schema_version="1.0", event_id="late-0", timestamp=sample.timestamp, seq=0, **common),
         *(
-            msgspec.structs.replace(sample, event_id=f"late-{seq}", seq=seq, **common)  # type: ignore[arg-type]
+            msgspec.structs.replace(sample, event_id=f"late-{seq}", seq=seq, **common)
             for seq in range(1, LATE_EVENTS + 1)
         ),
         Goodbye(schema_version="1.0", event_id="late-9", timestamp=sample.timestamp, seq=LATE_EVENTS + 1, **common),

@@ -16,15 +16,15 @@ from unittest.mock import patch
 import numpy as np
 
 from detectors import runs
-from detectors.columns import Columns, picked
+from detectors.columns import Columns, Ints, picked
 from detectors.partition import PartitionEngine
 from detectors.tenant import TenantEngine
 from detectors.time import SECOND_US, ClockState, PartitionClock
+from streams.batch import Fetched, Sequencer
 from streams.output import Outgoing
 from streams.shard import PartitionRun
 from streams.stage1 import EventShard
-from streams.transport import Sequencer
-from tests.sim import schedule
+from tests.sim.logs import CONFIG
 from tests.sim.schedule import Plan, draw, forget, run_schedule
 
 
@@ -85,14 +85,16 @@ def _goodbye_is_a_heartbeat() -> Sequence[Any]:
 
     def deaf(self: EventShard, records: Sequence[Any]) -> Any:
         old, new = b'"kind":"goodbye"', b'"kind":"heartbeat"'
-        return observe(self, [record._replace(value=record.value.replace(old, new)) for record in records])
+        heard = Fetched.of(records)
+        heard.values = [(value or b"").replace(old, new) for value in heard.values]
+        return observe(self, heard)
 
     return (patch.object(EventShard, "observe", deaf),)
 
 
 def _outage_is_silence() -> Sequence[Any]:
-    time = schedule.CONFIG.time.model_copy(update={"gap_max_ms": 10**9})
-    return (patch.object(schedule, "CONFIG", schedule.CONFIG.model_copy(update={"time": time})),)
+    time = CONFIG.time.model_copy(update={"gap_max_ms": 10**9})
+    return (patch("tests.sim.schedule.CONFIG", CONFIG.model_copy(update={"time": time})),)
 
 
 def _time_out_by_event_time() -> Sequence[Any]:
@@ -106,8 +108,8 @@ def _time_out_by_event_time() -> Sequence[Any]:
 
 
 def _arrival_order() -> Sequence[Any]:
-    def by_second(columns: Columns) -> Columns:
-        return picked(columns, np.argsort(columns.moment_us // SECOND_US, kind="stable"))
+    def by_second(columns: Columns, rows: Ints) -> Columns:
+        return picked(columns, rows[np.argsort(columns.moment_us[rows] // SECOND_US, kind="stable")])
 
     return (patch("detectors.partition.in_order", by_second),)
 

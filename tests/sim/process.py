@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from streams.batch import Fetched
 from streams.output import Outgoing
 from streams.shard import Bounds, PartitionRun, Refused, Shard
 from tests.sim.broker import Broker, Changelog, Topic
-from tests.sim.logs import Record
 
 BYTES_MAX = 1 << 30
 
@@ -42,7 +42,7 @@ class Process:
         self.recovered = True
         self._kept: set[int] = set()
         self._position: dict[int, int] = {}
-        self._queue: deque[tuple[int, Sequence[Record]]] = deque()
+        self._queue: deque[tuple[int, Sequence[Any]]] = deque()
         self._table: dict[bytes, bytes] = {}
         self._seen: dict[int, int] = {}
         self._handling: Coroutine[Any, Any, None] | None = None
@@ -62,22 +62,24 @@ class Process:
         """See `shard.Ports`."""
         await self._broker.keep(self._role.changelog, chunks)
 
-    def fetch(self, records: int, drop: float, repeat: float) -> None:
-        """The next `records` of a partition; they may get lost on the way, or something may come again."""
+    def fetch(self, count: int, drop: float, repeat: float) -> None:
+        """The next `count` records of a partition; they may get lost on the way, or something may come again."""
         if not self.runs or len(self._queue) >= 4:
             return
         partition = self._chance.choice(sorted(self.runs))
         start = self._position[partition]
         if self._chance.random() < repeat:
             start = max(0, start - self._chance.randrange(1, 9))
-        end = min(self._role.visible[partition], start + records)
+        end = min(self._role.visible[partition], start + count)
         if start >= end:
             # Nothing more to fetch: after a silence the worker reads again from where it stands.
             self._position[partition] = self.runs[partition].sequence.next
             return
         self._position[partition] = end
         if self._chance.random() >= drop:
-            self._queue.append((partition, self._role.source.logs[partition][start:end]))
+            records: Sequence[Any] = self._role.source.logs[partition][start:end]
+            # Records come as columns or one by one, as the road from the broker is.
+            self._queue.append((partition, Fetched.of(records) if self._chance.random() < 0.5 else records))
 
     def work(self) -> bool:
         """One step of handling a batch; False where there is nothing to do."""
@@ -88,9 +90,9 @@ class Process:
         self._handling = _step(self._handling)
         return True
 
-    async def _handle(self, partition: int, records: Sequence[Record]) -> None:
+    async def _handle(self, partition: int, records: Sequence[Any]) -> None:
         run = self.runs.get(partition)
-        if run is not None and await run.handle(records, self) is None:  # type: ignore[arg-type]  # as much as shards read
+        if run is not None and await run.handle(records, self) is None:
             self._position[partition] = run.sequence.next
 
     def store(self) -> bool:

@@ -9,19 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from collector.event import AuditEvent, decode
-from collector.kafka import ConsumerRecord, KafkaConfig, TopicPartition, make_consumer
+from collector.kafka import ConsumerRecord, KafkaConfig, TopicName, TopicPartition, make_consumer
 from detectors import finding as findings
 from detectors import rollup as rollups
 from detectors.config import DetectConfig
-from detectors.rollup import Marker
+from detectors.rollup import Partial, Signal
 from streams.stage1 import stage1
 from streams.stage2 import stage2
 from tests.sim.answer import totals
 from tests.sim.logs import Record
 
 Key = tuple[object, ...]
+NAMES: Final[tuple[TopicName, ...]] = ("events", "rollups", "findings")
 
 
 @dataclass
@@ -38,13 +40,13 @@ class Ledger:
 
     def __init__(self, kafka: KafkaConfig, detect: DetectConfig) -> None:
         self._kafka = kafka
-        counts = {name: kafka.count(name) for name in ("events", "rollups", "findings")}  # type: ignore[arg-type]  # names
+        counts = {name: kafka.count(name) for name in NAMES}
         first = stage1(kafka, detect, counts["events"], counts["rollups"])
         second = stage2(kafka, detect, *counts.values())
         self._one = [first.make_shard(partition) for partition in range(counts["events"])]
         self._two = [second.make_shard(partition) for partition in range(counts["rollups"])]
         self._counts = counts
-        self._read: dict[str, list[int]] = {name: [0] * count for name, count in counts.items()}
+        self._read: dict[TopicName, list[int]] = {name: [0] * count for name, count in counts.items()}
         self._seen: dict[Key, bytes] = {}
         self.wanted: tuple[dict[Key, bytes], dict[Key, bytes]] = ({}, {})
         self.found: tuple[dict[Key, bytes], dict[Key, bytes]] = ({}, {})
@@ -78,7 +80,7 @@ class Ledger:
         told = [outgoing for shard in self._one for outgoing in shard.take()]
         for out in told:
             self._book(self.wanted[0], out.value or b"")
-            self._two[out.partition].observe([Record(out.partition, 0, 0, out.value or b"")])  # type: ignore[list-item]  # as much as shards read
+            self._two[out.partition].observe([Record(out.partition, 0, 0, out.value or b"")])
         for raised in [outgoing for shard in self._two for outgoing in shard.take()]:
             self._note(self.wanted[1], raised.value or b"")
         for record in await self._new("rollups"):
@@ -89,9 +91,9 @@ class Ledger:
         for record in await self._new("findings"):
             self._note(self.found[1], record.value or b"")
 
-    async def _new(self, name: str) -> list[ConsumerRecord]:
+    async def _new(self, name: TopicName) -> list[ConsumerRecord]:
         """What came to a topic since the last call, by partition and offset."""
-        topic, places = self._kafka.topic(name), self._read[name]  # type: ignore[arg-type]  # one of three names
+        topic, places = self._kafka.topic(name), self._read[name]
         consumer = make_consumer(self._kafka, group_id=None)
         await consumer.start()
         try:
@@ -114,7 +116,7 @@ class Ledger:
     def _book(book: dict[Key, bytes], value: bytes) -> bool:
         """Whether it is new."""
         rollup = rollups.decode(value)
-        if isinstance(rollup, Marker):
+        if not isinstance(rollup, Partial | Signal):
             return False
         key = (rollup.partition, rollup.second, type(rollup).__name__, rollup.tenant, rollup.kind, rollup.key)
         if key in book:

@@ -64,6 +64,7 @@ class Battery:
             "stage 2 a zombie": lambda: self._zombie(self.two, self.another),
             "broker killed": self._broker_killed,
             "killed as it recovers": self._killed_recovering,
+            "broker killed as one joins": self._broker_killed_joining,
         }
 
     async def start(self) -> None:
@@ -175,6 +176,15 @@ class Battery:
         await asyncio.to_thread(self.broker.kill9)
         await self._pause(0, 3)
         await asyncio.to_thread(self.broker.start)
+
+    async def _broker_killed_joining(self) -> None:
+        """The group is in the middle of dealing out partitions when its coordinator dies; then the new one dies too."""
+        self.other.start()
+        await self._until((self.other.folder / "url").exists, "it begins")
+        await self._pause(0, 1.5)
+        await self._broker_killed()
+        await self._pause(0, 3)
+        self.other.kill9()
 
     async def _pause(self, least_s: float, most_s: float) -> None:
         await asyncio.sleep(self.chance.uniform(least_s, most_s))

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -55,7 +55,7 @@ async def test_a_cell_gives_the_same_answer(kafka_config: KafkaConfig, tmp_path:
     kafka = kafka_config.model_copy(update={"partitions": {"events": cell.partitions}})
     await ensure_topics(kafka)
     records = _records(cell.partitions)
-    options = {"batch_records_max": cell.batch, "tick_after_s": 300}
+    options: dict[str, Any] = {"batch_records_max": cell.batch, "tick_after_s": 300}
     ones = [Worker("stage1", kafka, tmp_path, name=f"one-{n}", detect=CONFIG, **options) for n in range(cell.workers)]
     two = Worker("stage2", kafka, tmp_path, detect=CONFIG, **options)
     try:
@@ -83,7 +83,7 @@ async def test_a_cell_gives_the_same_answer(kafka_config: KafkaConfig, tmp_path:
         traffic.Appended(partition, offset, START_US // 1000, value)
         for offset, (_, value, partition) in enumerate(_records(1))
     ]
-    alone = traffic.expected(plain, CONFIG, log)  # type: ignore[arg-type]  # as much as shards read
+    alone = traffic.expected(plain, CONFIG, log)
     assert bare(found.findings.values()) == bare(alone.findings.values())
     assert len(found.findings) > 10
 

@@ -176,7 +176,7 @@ def expected(kafka: KafkaConfig, detect: DetectConfig, events: Sequence[Consumer
         for rollup in shard.take():
             told |= _by_key([rollup.value or b""])
             merged = Appended(rollup.partition, 0, 0, rollup.value or b"")
-            merging[rollup.partition].observe([merged])  # type: ignore[list-item]  # as much as shards read
+            merging[rollup.partition].observe([merged])
     raised = [outgoing.value or b"" for shard in merging.values() for outgoing in shard.take()]
     return Answer(told, _by_revision(raised))
 
@@ -188,6 +188,7 @@ class Appended(NamedTuple):
     offset: int
     timestamp: int
     value: bytes
+    topic: str = ""
 
 
 async def observed(kafka: KafkaConfig) -> Answer:
@@ -204,7 +205,7 @@ def _by_key(values: Sequence[bytes]) -> dict[tuple[object, ...], bytes]:
             rollup = rollups.decode(value)
         except rollups.BadRollup:
             continue
-        if isinstance(rollup, rollups.Marker):
+        if not isinstance(rollup, rollups.Partial | rollups.Signal):
             continue
         key = (rollup.partition, rollup.second, type(rollup).__name__, rollup.tenant, rollup.kind, rollup.key)
         assert found.setdefault(key, value) == value, f"told twice, and differently: {key}"
