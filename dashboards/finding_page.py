@@ -15,6 +15,7 @@ from dashboards.scope import Scope, moment_ms
 from dashboards.units import ago, clock, duration, exact, short
 from dashboards.window import Window, between
 from detectors.finding import Finding
+from sinks.formats.text import handling
 
 MARGIN_MS: Final = 900_000
 WINDOW_MS_MAX: Final = 7 * 86_400_000
@@ -75,6 +76,7 @@ def _head(finding: Finding, scope: Scope) -> Markup:
         element("h1", None, shown(finding.summary, 400) or "No summary"),
         element("p", {"class": "line"}, who, f" · {when} ({lasted}; last seen {ago(last, scope.now_ms)})"),
         element("p", {"class": "cold"}, shown(finding.cold_start)) if finding.cold_start else None,
+        element("p", {"class": "line"}, shown(said, 600)) if (said := handling(finding)) else None,
     )
 
 
@@ -186,6 +188,9 @@ def _facts(finding: Finding) -> Markup:
         "detector": f"{finding.detector} {finding.detector_version}",
         "configuration": finding.config_digest,
         "finding": finding.uid,
+        "incident": f"{finding.incident}{', led by this' if finding.leads else ''}" if finding.incident else "",
+        "flapping": f"opened {finding.flapping} times of late, so it is held open" if finding.flapping else "",
+        "planned change before it": finding.change,
         "updated": updated,
         "entity": f"{finding.entity.kind} {brief(finding.entity.id)}",
     }

@@ -22,12 +22,12 @@ STATS: Final = (
     Panel(
         name="open_findings",
         title="Open findings",
-        answers="How many episodes need a person now, whatever the time range?",
+        answers="How many episodes need a person now, whatever the time range? Not those held back by a command.",
         kind="stat",
         sql="""
             SELECT count() AS value, countIf(severity = 'critical') AS critical, countIf(severity = 'high') AS high,
                 countIf(severity = 'medium') AS medium
-            FROM findings_now WHERE state != 'close' AND $tenant
+            FROM findings_now WHERE state != 'close' AND $tenant AND NOT JSONExtractBool(json, 'quiet')
             """,
         series=(
             Series(column="critical", label="critical"),

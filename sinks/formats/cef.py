@@ -9,10 +9,19 @@ from collections.abc import Mapping
 from typing import Final
 
 from detectors.finding import Finding
-from sinks.formats.text import cut, fit
+from sinks.formats.text import cut, fit, handling
 
 _SEVERITY: Final = {"info": 1, "low": 3, "medium": 5, "high": 8, "critical": 10}
-_LIMITS: Final = {"name": 512, "msg": 1023, "suser": 1023, "externalId": 40, "cat": 1023, "act": 63, "reason": 1023}
+_LIMITS: Final = {
+    "name": 512,
+    "msg": 1023,
+    "suser": 1023,
+    "externalId": 40,
+    "cat": 1023,
+    "act": 63,
+    "reason": 1023,
+    "flexString1": 1023,
+}
 """Characters that the standard gives a key; custom strings have 4000."""
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LINE_END: Final = re.compile(r"[\r\n\t\x85\u2028\u2029]+")
@@ -95,6 +104,9 @@ def _extension(finding: Finding) -> Mapping[str, str]:
         "cs5Label": "techniques",
         "cs6": finding.evidence.replay,
         "cs6Label": "replay",
+        "reason": handling(finding),
+        "flexString1": finding.incident,
+        "flexString1Label": "incident",
     }
     kept = {key for key, value in pairs.items() if value and not key.endswith("Label")}
     return {key: value for key, value in pairs.items() if key in kept or key.removesuffix("Label") in kept}

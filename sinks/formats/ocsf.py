@@ -9,7 +9,7 @@ from typing import Final
 import orjson
 
 from detectors.finding import Finding
-from sinks.formats.text import bounded, fit
+from sinks.formats.text import bounded, fit, handling
 
 LINE_BYTES_MAX: Final = 256 * 1024
 ATLAS_VERSION: Final = "5.6.0"
@@ -18,6 +18,8 @@ CLASS_UID: Final = 2004
 _ACTIVITY: Final = {"open": 1, "update": 2, "close": 3}
 _ACTIVITY_NAME: Final = {1: "Create", 2: "Update", 3: "Close"}
 _STATUS: Final = {"open": (1, "New"), "update": (2, "In Progress"), "close": (4, "Resolved")}
+_SUPPRESSED: Final = (3, "Suppressed")
+_ACKNOWLEDGED: Final = (2, "In Progress")
 _SEVERITY: Final = {
     "info": (1, "Informational"),
     "low": (2, "Low"),
@@ -41,7 +43,7 @@ def encode(finding: Finding, *, product_version: str, bytes_max: int = LINE_BYTE
 def detection_finding(finding: Finding, *, product_version: str) -> dict[str, object]:
     """The document as builtins."""
     activity = _ACTIVITY[finding.state]
-    status_id, status = _STATUS[finding.state]
+    status_id, status = _status(finding)
     severity_id, severity = _SEVERITY[finding.severity]
     confidence_id, confidence = _CONFIDENCE[finding.confidence]
     document: dict[str, object] = {
@@ -66,7 +68,7 @@ def detection_finding(finding: Finding, *, product_version: str) -> dict[str, ob
         "action": _OBSERVED[1],
         "disposition_id": _ALERT[0],
         "disposition": _ALERT[1],
-        "is_alert": True,
+        "is_alert": not finding.quiet,
         "message": finding.summary,
         "metadata": _metadata(finding, product_version),
         "finding_info": _finding_info(finding),
@@ -76,13 +78,23 @@ def detection_finding(finding: Finding, *, product_version: str) -> dict[str, ob
     }
     if finding.runbook:
         document["remediation"] = {"desc": "\n".join(finding.runbook)}
-    if finding.cold_start:
-        document["comment"] = finding.cold_start
+    comments = [text for text in (finding.cold_start, handling(finding)) if text]
+    if comments:
+        document["comment"] = " ".join(comments)
     return document
 
 
+def _status(finding: Finding) -> tuple[int, str]:
+    """What is over is resolved, whatever was said of it before."""
+    if finding.state != "close" and finding.suppressed_by:
+        return _SUPPRESSED
+    if finding.state != "close" and finding.acknowledged_by:
+        return _ACKNOWLEDGED
+    return _STATUS[finding.state]
+
+
 def _metadata(finding: Finding, product_version: str) -> dict[str, object]:
-    return {
+    metadata: dict[str, object] = {
         "version": "1.8.0",
         "profiles": ["security_control"],
         "product": {"name": "inferwatch", "vendor_name": "inferwatch", "version": product_version},
@@ -92,8 +104,21 @@ def _metadata(finding: Finding, product_version: str) -> dict[str, object]:
         "event_code": finding.detector,
         "log_name": "findings",
         "log_version": finding.schema_version,
-        "labels": [f"config_digest:{finding.config_digest}"],
+        "labels": [f"config_digest:{finding.config_digest}", *_labels(finding)],
     }
+    if finding.incident:
+        metadata["correlation_uid"] = finding.incident
+    return metadata
+
+
+def _labels(finding: Finding) -> list[str]:
+    said = {
+        "leads_incident": "true" if finding.leads else "",
+        "flapping": str(finding.flapping or ""),
+        "false_positive": "true" if finding.false_positive else "",
+        "change": finding.change,
+    }
+    return [f"{name}:{value}" for name, value in said.items() if value]
 
 
 def _finding_info(finding: Finding) -> dict[str, object]:

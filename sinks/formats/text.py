@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from detectors.finding import Finding
+
 _LIMITS: Final = (4096, 1024, 512, 256, 128, 64, 32, 16)
 """Tried in turn for the longest string and list of a document that is too large."""
 CUT: Final = "…"
@@ -45,3 +47,15 @@ def fit(build: Callable[[int], bytes], bytes_max: int) -> bytes:
         if len(made) <= bytes_max:
             return made
     raise ValueError(f"the finding can't be cut to {bytes_max} bytes")
+
+
+def handling(finding: Finding) -> str:
+    """Who said what of a finding, in one sentence; empty where nobody did."""
+    if finding.suppressed_by:
+        what, command = "Held back", finding.suppressed_by
+    elif finding.acknowledged_by:
+        what = "Called false" if finding.false_positive else "Acknowledged"
+        command = finding.acknowledged_by
+    else:
+        return ""
+    return f"{what} by {finding.handled_by} ({finding.handled_why}), command {command}."

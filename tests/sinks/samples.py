@@ -96,6 +96,11 @@ def hostile(value: str) -> Finding:
         owasp=[value],
         runbook=[value],
         cold_start=value,
+        incident=value,
+        suppressed_by=value or "c1",
+        handled_by=value,
+        handled_why=value,
+        change=value,
     )
 
 

@@ -67,7 +67,7 @@ def test_hostile_values_stay_values(name):
     value = HOSTILE[name]
     message = encode(hostile(value))
     header, extension = parse(message)
-    plain_keys = set(parse(encode(finding()))[1])
+    plain_keys = set(parse(encode(finding(incident="i", suppressed_by="c")))[1])
     assert header[:3] == ["CEF:0", "inferwatch", "inferwatch"]
     assert header[6] == "8"
     assert set(extension) <= plain_keys
@@ -100,3 +100,12 @@ def test_a_message_fits_and_is_cut_between_escapes(name, bytes_max):
 def test_severity_is_a_number_up_to_ten(severity, number):
     """CEF knows 0 to 10."""
     assert parse(encode(finding(severity=severity)))[0][6] == number
+
+
+def test_what_people_said_and_the_incident_are_told():
+    """In `reason` and `flexString1`."""
+    found = finding(suppressed_by="c1", handled_by="alice", handled_why="a=b|c", incident="i1")
+    message = cef.encode(found, product_version="0.1.0", bytes_max=8192).decode()
+    assert message.endswith(
+        " reason=Held back by alice (a\\=b|c), command c1. flexString1=i1 flexString1Label=incident"
+    )

@@ -137,3 +137,21 @@ def test_create_update_and_close_are_activities_of_one_finding():
     ]
     assert {d["finding_info"]["uid"] for d in made} == {"f" * 32}
     assert [d["metadata"]["uid"] for d in made] == [f"{'f' * 32}.{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "alert"),
+    [
+        ({"suppressed_by": "c1", "quiet": True}, (3, "Suppressed"), False),
+        ({"acknowledged_by": "c1"}, (2, "In Progress"), True),
+        ({"suppressed_by": "c1", "state": "close"}, (4, "Resolved"), True),
+    ],
+)
+def test_what_people_said_is_the_status(schema, fields, status, alert):
+    """Suppressed, in progress, resolved; with who and why, and the incident as what correlates."""
+    found = finding(**(fields | {"handled_by": "alice", "handled_why": "test", "incident": "i1", "flapping": 4}))
+    document = json.loads(ocsf.encode(found, product_version="0.1.0"))
+    assert list(problems(schema, document, schema["classes"]["detection_finding"], "$", {"security_control"})) == []
+    assert ((document["status_id"], document["status"]), document["is_alert"]) == (status, alert)
+    assert document["comment"].endswith(" by alice (test), command c1.")
+    assert (document["metadata"]["correlation_uid"], document["metadata"]["labels"][1:]) == ("i1", ["flapping:4"])

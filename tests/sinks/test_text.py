@@ -2,8 +2,8 @@
 
 import pytest
 
-from sinks.formats.text import bounded, clean, cut, fit
-from tests.sinks.samples import HOSTILE
+from sinks.formats.text import bounded, clean, cut, fit, handling
+from tests.sinks.samples import HOSTILE, finding
 
 
 def test_clean_changes_only_what_no_encoder_takes():
@@ -36,3 +36,19 @@ def test_fit_says_when_nothing_fits():
     assert fit(lambda limit: b"x" * limit, 100) == b"x" * 64
     with pytest.raises(ValueError, match="can't be cut to 10 bytes"):
         fit(lambda _: b"x" * 11, 10)
+
+
+def test_what_people_said_of_a_finding_is_one_sentence():
+    """Held back, acknowledged, called false, or nothing."""
+    said = {"handled_by": "alice", "handled_why": "load test"}
+    assert [
+        handling(finding()),
+        handling(finding(suppressed_by="c1", **said)),
+        handling(finding(acknowledged_by="c2", **said)),
+        handling(finding(acknowledged_by="c2", false_positive=True, **said)),
+    ] == [
+        "",
+        "Held back by alice (load test), command c1.",
+        "Acknowledged by alice (load test), command c2.",
+        "Called false by alice (load test), command c2.",
+    ]
