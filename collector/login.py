@@ -93,7 +93,7 @@ def _refusal(config: KafkaConfig, error: Exception) -> str | None:
 async def wait_for_broker(config: KafkaConfig, timeout_s: float = 10.0) -> None:
     """Return once a broker answers as a broker; raise BrokerAway with the last reason after `timeout_s` seconds.
 
-    Raises LoginRefused at once where TLS or the login is what fails.
+    Raises LoginRefused at once where TLS or the login is what fails, at every one of the servers.
     """
     options = client_options(config)
     del options["bootstrap_servers"]
@@ -101,7 +101,9 @@ async def wait_for_broker(config: KafkaConfig, timeout_s: float = 10.0) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                for host, port in _servers(config):
+                refusals = []
+                servers = _servers(config)
+                for host, port in servers:
                     try:
                         connection = await create_conn(host, port, client_id="inferwatch-wait", **options)
                         connection.close()
@@ -110,9 +112,11 @@ async def wait_for_broker(config: KafkaConfig, timeout_s: float = 10.0) -> None:
                                 return
                         reason = "it names no brokers yet"
                     except (KafkaError, OSError, TimeoutError) as error:
-                        if refusal := _refusal(config, error):
-                            raise LoginRefused(f"no Kafka at {host}:{port} for us: {refusal}") from None
                         reason = str(error) or type(error).__name__
+                        if refusal := _refusal(config, error):
+                            refusals.append(f"no Kafka at {host}:{port} for us: {refusal}")
+                if len(refusals) == len(servers):
+                    raise LoginRefused(refusals[0])
                 await asyncio.sleep(0.1)
     except TimeoutError:
         hint = _hint(config, reason)

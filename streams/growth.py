@@ -23,6 +23,7 @@ from collector.event import uuid7
 from collector.kafka import KafkaConfig, TopicPartition, make_consumer, wait_for_broker
 from detectors.config import DetectConfig
 from streams.config import StreamsConfig
+from streams.ingest import ROLE as INGEST
 from streams.output import Outgoing, Output
 from streams.shard import Shard
 from streams.stage1 import ROLE as STAGE_ONE
@@ -30,8 +31,10 @@ from streams.stage1 import stage1
 from streams.stage2 import ROLE as STAGE_TWO
 from streams.stage2 import stage2
 from streams.state import Found, State, pack, unpack
-from streams.status import newest_status
+from streams.status import SILENT_S, newest_status
 
+READERS: Final = (STAGE_ONE, STAGE_TWO, "store", INGEST)
+"""Roles that read iw.events or its rollups, by the number of partitions at their start."""
 SHOWN_MAX: Final = 5
 """Lanes named in a refusal."""
 _PARTITIONS, _CLOSED_THROUGH, _MARKERS = 2, 3, 4
@@ -117,9 +120,9 @@ async def grow(
 async def _alive(kafka: KafkaConfig) -> list[str]:
     """Processes that must not run. Collectors are known by their lanes, which say more than a record does."""
     return [
-        f"{record['process_id']} is running: stop it and try again"
+        f"{record['process_id']} runs, or died less than {SILENT_S:g} s ago: stop it and try again"
         for record in await newest_status(kafka)
-        if record["role"] in (STAGE_ONE, STAGE_TWO) and not record["silent"]
+        if record["role"] in READERS and not record["silent"]
     ]
 
 

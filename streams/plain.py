@@ -28,7 +28,7 @@ from collector.kafka import (
 )
 from streams.batch import Batch, Positions
 from streams.config import StreamsConfig
-from streams.health import Histogram
+from streams.metrics import Histogram
 
 log = structlog.get_logger(__name__)
 

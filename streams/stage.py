@@ -23,7 +23,8 @@ from collector.kafka import KafkaConfig, KafkaError, changelog_spec, ensure_topi
 from streams.batch import Batch
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
-from streams.health import Health, Histogram, Reading, Tally
+from streams.health import Health, Reading
+from streams.metrics import Histogram, Tally
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
 from streams.shard import Bounds, PartitionRun, Refused, Shard

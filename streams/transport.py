@@ -35,7 +35,7 @@ from collector.kafka import (
 from streams import fetch
 from streams.batch import Batch, Positions, Sequencer
 from streams.config import StreamsConfig
-from streams.health import Histogram
+from streams.metrics import Histogram
 
 __all__ = ["Batch", "BatchApp", "BatchConsumer", "BatchScheduler", "Positions", "Sequencer", "Transport"]
 

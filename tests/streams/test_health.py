@@ -10,7 +10,8 @@ import pytest
 
 from collector.kafka import KafkaConfig, ensure_topics
 from streams.config import StreamsConfig
-from streams.health import Health, Histogram, Reading
+from streams.health import Health, Reading
+from streams.metrics import Histogram
 from streams.status import read_status
 from tests.streams import traffic
 

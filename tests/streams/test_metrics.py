@@ -11,7 +11,7 @@ import yaml
 
 from collector.event import Hello, encode
 from collector.kafka import KafkaConfig, ensure_topics
-from streams.health import Histogram, Rate, Tally
+from streams.metrics import Histogram, Rate, Tally
 from tests.streams import traffic
 from tests.streams.traffic import Collector
 from tests.streams.worker import ROOT, Worker, wait_until

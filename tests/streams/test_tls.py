@@ -189,6 +189,20 @@ async def test_a_bad_certificate_is_one_sentence(tmp_path: Path, address: str | 
                 await wait_for_broker(named, 5)
 
 
+async def test_one_good_server_of_two_is_enough(guarded: Guarded, tmp_path: Path) -> None:
+    """A server with a bad certificate refuses nobody while another lets us in."""
+    authority = Authority(tmp_path / "stranger", "stranger")
+    certificate, key, _ = authority.issue("broker")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    async with await asyncio.start_server(lambda _r, writer: writer.close(), "127.0.0.1", 0, ssl=context) as server:
+        bad = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        both = f"{bad},{guarded.kafka.bootstrap_servers}"
+        await wait_for_broker(guarded.kafka.model_copy(update={"bootstrap_servers": both}), 20)
+        with pytest.raises(LoginRefused):
+            await wait_for_broker(guarded.kafka.model_copy(update={"bootstrap_servers": bad}), 20)
+
+
 async def test_mutual_tls(mutual: Guarded, tmp_path: Path) -> None:
     """With a certificate of the CA a client is let in; without, or with a stranger's, it is told what is missing."""
     certificate, key, _ = mutual.authority.issue("client")

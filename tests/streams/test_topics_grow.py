@@ -100,7 +100,7 @@ async def test_findings_stay_right_across_the_growth(kafka_config: KafkaConfig, 
     with Worker("stage1", before, tmp_path) as one, Worker("stage2", before, tmp_path) as two:
         await traffic.send(before, list(_lanes(calm, 2, "boot-0")))
         wait_until(lambda: one.metric("ready") == two.metric("ready") == 1, "both are ready", 60, one, two)
-        with pytest.raises(NotDrained, match=r"stage1-.* is running: stop it and try again"):
+        with pytest.raises(NotDrained, match=r"stage1-.* runs, or died less than 35 s ago: stop it and try again"):
             await grow(after, DETECT, STREAMS)
         drained = lambda: one.metric("engine_pending") == 0 and one.metric("engine_taken") == len(calm)  # noqa: E731
         wait_until(drained, "every second is judged", 60, one, two)
