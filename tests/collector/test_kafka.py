@@ -1,14 +1,11 @@
-"""The Kafka clients, the topic table and the batch writer, on a real broker."""
+"""Producers, consumers and the batch writer, on a real broker."""
 
 import asyncio
 import os
 import random
-import socket
 import time
-from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from collector.kafka import (
     Ack,
@@ -19,21 +16,15 @@ from collector.kafka import (
     BrokerAway,
     KafkaConfig,
     RecordTooLarge,
-    TopicMismatch,
     TopicPartition,
     TopicSpec,
-    changelog_spec,
-    client_options,
     ensure_topics,
     make_consumer,
     make_producer,
     partition_for,
-    topic_specs,
-    wait_for_broker,
 )
 from tests.conftest import RunningBroker
 
-DAY_MS = 86_400_000
 APPEND_TIME = {"message.timestamp.type": "LogAppendTime", "unclean.leader.election.enable": "false"}
 
 
@@ -65,96 +56,6 @@ def _spec(config: KafkaConfig, name: str, *, partitions: int = 1, size: int = 26
     return TopicSpec(f"{config.topic_prefix}.{name}", partitions, 1, settings)
 
 
-def test_topic_table() -> None:
-    """The development topics are those of the published table, to the last setting."""
-    spec = {
-        name: TopicSpec(f"iw.{name}", partitions, 1, APPEND_TIME | {"max.message.bytes": str(size)} | clean_up)
-        for name, partitions, size, clean_up in (
-            ("events", 4, 262_144, {"cleanup.policy": "delete", "retention.ms": str(7 * DAY_MS)}),
-            ("rollups", 4, 1_048_576, {"cleanup.policy": "delete", "retention.ms": str(3 * DAY_MS)}),
-            ("commands", 4, 262_144, {"cleanup.policy": "delete", "retention.ms": str(400 * DAY_MS)}),
-            ("findings", 4, 1_048_576, {"cleanup.policy": "delete", "retention.ms": str(90 * DAY_MS)}),
-            ("deadletter", 1, 262_144, {"cleanup.policy": "delete", "retention.ms": str(30 * DAY_MS)}),
-            ("status", 1, 262_144, {"cleanup.policy": "compact"}),
-        )
-    }
-    assert {s.name: s for s in topic_specs(KafkaConfig())} == {s.name: s for s in spec.values()}
-
-
-def test_production_topics_are_replicated() -> None:
-    """In production every topic has three replicas, two of them in sync, and the table's partition counts."""
-    specs = topic_specs(KafkaConfig(), scale="prod")
-    assert {s.name: (s.partitions, s.replication, s.configs["min.insync.replicas"]) for s in specs} == {
-        "iw.events": (64, 3, "2"),
-        "iw.rollups": (16, 3, "2"),
-        "iw.commands": (16, 3, "2"),
-        "iw.findings": (8, 3, "2"),
-        "iw.deadletter": (4, 3, "2"),
-        "iw.status": (1, 3, "2"),
-    }
-
-
-def test_partition_counts_can_be_set() -> None:
-    """A count in the config wins, and commands follow rollups."""
-    config = KafkaConfig(partitions={"events": 12, "rollups": 2})
-    assert [config.count("events"), config.count("rollups"), config.count("commands")] == [12, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"bootstrap_servers": "kafka"}, "'kafka' is not HOST:PORT"),
-        ({"bootstrap_servers": "a:9092,b:99999"}, "'b:99999' is not HOST:PORT"),
-        ({"security_protocol": "SASL_SSL"}, "needs sasl_username"),
-        (
-            {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "u"},
-            "shows the password to the network",
-        ),
-        ({"tls_cert_file": "/x.pem"}, "tls_cert_file and tls_key_file go together"),
-        ({"partitions": {"commands": 3}}, "partitions.commands must equal partitions.rollups"),
-        ({"partitions": {"evnets": 3}}, "partitions.evnets"),
-        ({"topic_prefix": "a.b c"}, "topic_prefix"),
-        ({"bootstrap": "x:1"}, "bootstrap"),
-    ],
-)
-def test_bad_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
-    """A setting that can't work is refused with what is wrong with it."""
-    with pytest.raises(ValidationError, match=sentence):
-        KafkaConfig(**settings)
-
-
-def test_password_never_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The password reaches the client from a file or the environment, and no repr, dump or error."""
-    secret = "correct-horse-battery"
-    file = tmp_path / "password"
-    file.write_text(secret + "\n")
-    config = KafkaConfig(security_protocol="SASL_SSL", sasl_username="iw", sasl_password_file=file)
-    assert client_options(config)["sasl_plain_password"] == secret
-    monkeypatch.setenv("INFERWATCH_KAFKA_PASSWORD", secret)
-    by_environment = config.model_copy(update={"sasl_password_file": None})
-    assert by_environment.password().get_secret_value() == secret
-    for shown in (config, by_environment, config.password(), config.model_dump(), config.model_dump_json()):
-        assert secret not in repr(shown) + str(shown)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
-def test_missing_password_is_one_sentence(tmp_path: Path, content: bytes | None) -> None:
-    """A password file that is absent, empty or not text is named."""
-    file = tmp_path / "password"
-    if content is not None:
-        file.write_bytes(content)
-    config = KafkaConfig(security_protocol="SASL_SSL", sasl_username="iw", sasl_password_file=file)
-    with pytest.raises(ValueError, match=r"kafka\.sasl_password_file .*password"):
-        client_options(config)
-
-
-def test_bad_tls_file_is_one_sentence(tmp_path: Path) -> None:
-    """A CA file that holds no certificate is named."""
-    (tmp_path / "ca.pem").write_text("no certificate")
-    with pytest.raises(ValueError, match=r"cannot use the TLS files of \[kafka\] .*ca\.pem"):
-        client_options(KafkaConfig(security_protocol="SSL", tls_ca_file=tmp_path / "ca.pem"))
-
-
 @pytest.mark.parametrize(
     ("key", "murmur2"),
     [
@@ -169,92 +70,6 @@ def test_bad_tls_file_is_one_sentence(tmp_path: Path) -> None:
 def test_partition_is_kafkas_own(key: bytes, murmur2: int) -> None:
     """The partition equals that of Kafka's Java client (the hashes are those its own tests expect)."""
     assert [partition_for(key, n) for n in (1, 4, 64, 1000)] == [(murmur2 & 0x7FFFFFFF) % n for n in (1, 4, 64, 1000)]
-
-
-async def test_broker_away_within_the_timeout() -> None:
-    """Where nobody listens, the wait ends in time with one sentence: where, how long, why."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        config = KafkaConfig(bootstrap_servers=f"127.0.0.1:{taken.getsockname()[1]}")
-        started_s = time.monotonic()
-        with pytest.raises(
-            BrokerAway, match=rf"no Kafka at {config.bootstrap_servers} after 0\.5 s: .*refused|Connect"
-        ):
-            await wait_for_broker(config, 0.5)
-        assert time.monotonic() - started_s < 2
-
-
-async def test_silent_server_is_away_within_the_timeout() -> None:
-    """A server that accepts and never answers is no broker."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        config = KafkaConfig(bootstrap_servers=f"127.0.0.1:{silent.getsockname()[1]}")
-        started_s = time.monotonic()
-        with pytest.raises(BrokerAway, match=r"after 0\.5 s"):
-            await wait_for_broker(config, 0.5)
-        assert time.monotonic() - started_s < 2
-
-
-@pytest.mark.kafka
-async def test_topics_are_created_once_and_as_the_table_says(kafka_config: KafkaConfig) -> None:
-    """The first call creates all topics; the second finds nothing to do or to complain about."""
-    specs = topic_specs(kafka_config)
-    counts = {spec.name: spec.partitions for spec in specs}
-    assert await ensure_topics(kafka_config) == counts
-    assert await ensure_topics(kafka_config) == counts
-
-
-@pytest.mark.kafka
-async def test_topics_created_by_several_processes_at_once(kafka_config: KafkaConfig) -> None:
-    """Processes that start together all come through."""
-    counts = {spec.name: spec.partitions for spec in topic_specs(kafka_config)}
-    assert await asyncio.gather(*(ensure_topics(kafka_config) for _ in range(4))) == [counts] * 4
-
-
-@pytest.mark.kafka
-@pytest.mark.parametrize(
-    ("wrong", "partitions", "sentence"),
-    [
-        (
-            {"message.timestamp.type": "CreateTime"},
-            1,
-            "{topic} has message.timestamp.type=CreateTime, it must be LogAppendTime",
-        ),
-        ({"cleanup.policy": "compact"}, 1, "{topic} has cleanup.policy=compact, it must be delete"),
-        (
-            {"max.message.bytes": "1000"},
-            1,
-            "{topic} takes messages of 1000 bytes, it must take 262144 (max.message.bytes)",
-        ),
-        ({}, 3, "{topic} has 3 partitions, the configuration says 1"),
-    ],
-)
-async def test_a_topic_that_would_break_promises_is_refused(
-    kafka_config: KafkaConfig, wrong: dict[str, str], partitions: int, sentence: str
-) -> None:
-    """An existing topic with another setting is left as it is and refused with one sentence."""
-    wanted = _spec(kafka_config, "events")
-    existing = TopicSpec(wanted.name, partitions, 1, dict(wanted.configs) | wrong)
-    await ensure_topics(kafka_config, [existing])
-    with pytest.raises(TopicMismatch) as error:
-        await ensure_topics(kafka_config, [wanted])
-    assert str(error.value) == sentence.format(topic=wanted.name)
-
-
-@pytest.mark.kafka
-async def test_production_topics_on_one_broker_are_refused(kafka_config: KafkaConfig) -> None:
-    """Three replicas can't be had from one broker; the sentence names the setting."""
-    with pytest.raises(TopicMismatch, match=r'scale = "dev"'):
-        await ensure_topics(kafka_config.model_copy(update={"scale": "prod"}))
-
-
-@pytest.mark.kafka
-async def test_changelog_topic(kafka_config: KafkaConfig) -> None:
-    """The topic behind a Faust table is created and checked like the others."""
-    spec = changelog_spec(kafka_config, f"{kafka_config.topic_prefix}-stage1-changelog", 4)
-    assert await ensure_topics(kafka_config, [spec]) == {spec.name: 4}
-    assert await ensure_topics(kafka_config, [spec]) == {spec.name: 4}
 
 
 @pytest.mark.kafka
