@@ -110,8 +110,7 @@ class Lifecycle:
             episode.dirty = True
             self._incidents.touch(episode.incident, detector, alarm, episode.loud_rank)
         worse = RANK[episode.alarm.severity] > episode.told_rank
-        held = self._held(episode, alarm.at_us) is not None or _still(episode, alarm.at_us)
-        freed = episode.held_back and not held
+        freed = episode.held_back and not (_still(episode, alarm.at_us) or self._held(episode, alarm.at_us))
         if worse or freed or alarm.at_us >= self._update_us(episode):
             said.append(self._say(episode, alarm.at_us))
         heapq.heappush(self._due, (self._deadline_us(episode), key))

@@ -44,13 +44,16 @@ def load_operator(folder: Path, name: str, file: Path | None, config: CommandsCo
     name = name or file.stem
     try:
         with file.open("rb") as opened:
-            if stat.S_IMODE(os.fstat(opened.fileno()).st_mode) & 0o077:
-                raise KeyProblem(f"{file} can be read by others: chmod 600 {file}")
-            key = serialization.load_pem_private_key(opened.read(65_536), password=None)
+            shared = stat.S_IMODE(os.fstat(opened.fileno()).st_mode) & 0o077
+            raw = opened.read(65_536)
     except FileNotFoundError:
         raise KeyProblem(f"{file}: no such key; `inferwatch keys operator {name}` makes one") from None
     except OSError as error:
         raise KeyProblem(f"{file} can't be read: {error.strerror}") from None
+    if shared:
+        raise KeyProblem(f"{file} can be read by others: chmod 600 {file}")
+    try:
+        key = serialization.load_pem_private_key(raw, password=None)
     except (ValueError, TypeError):
         raise KeyProblem(f"{file} holds no private key as `inferwatch keys operator` makes it") from None
     if not isinstance(key, Ed25519PrivateKey):

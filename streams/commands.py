@@ -90,7 +90,7 @@ class Forwarder:
             while True:
                 try:
                     await self._forward_all()
-                except (KafkaError, OSError, TimeoutError) as error:
+                except Exception as error:  # noqa: BLE001  # commands must not stop coming for good
                     reason = str(error) or type(error).__name__
                     log.warning("commands wait, trying on", topic=self._topic, error=reason)
                     await asyncio.sleep(RETRY_DELAY_S)

@@ -15,12 +15,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from collector.event import AnyRecord, Heartbeat, Hello, encode
-from collector.kafka import KafkaConfig, ensure_topics
+from collector.kafka import BrokerAway, KafkaConfig, ensure_topics
 from detectors.commands import Change, sign
 from detectors.finding import Finding
 from detectors.finding import decode as decode_finding
+from detectors.rollup import Command, decode
 from inferwatch.config import Config, load
-from streams.commands import send_command
+from streams.backtest import backtest
+from streams.commands import Forwarder, send_command
 from streams.stage2 import stage2
 from tests.streams import traffic
 from tests.streams.traffic import Collector
@@ -153,7 +155,8 @@ async def until(
 
 async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """Findings, then suppress, SIGKILL of stage 2, next episodes: the one is marked and not told, the other is told;
-    commands of a stranger are refused; the log of rollups gives the same findings again, byte for byte."""
+    commands of a stranger are refused; the log of rollups, and that of events
+    with that of commands, give the same findings again."""
     place = Place(kafka_config, tmp_path)
     lines = await place.say("keys", "operator", "alice")
     with place.file.open("a") as file:
@@ -205,7 +208,9 @@ async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_confi
         handled = {row["uid"]: row["handled"] for row in listed}
         assert (handled[second.uid], handled[other.uid]) == ("suppressed", "")
     assert await _refusals(kafka) == {"its operator is not in detect.commands.operators"}
-    assert await _again(config) == {(f.uid, f.revision): f for f in await told(kafka)}
+    findings = {(f.uid, f.revision): f for f in await told(kafka)}
+    assert await _again(config) == findings
+    assert {(f.uid, f.revision): f async for f in backtest(kafka, config.detect)} == findings
 
 
 async def _refusals(kafka: KafkaConfig) -> set[str]:
@@ -242,3 +247,54 @@ async def _again(config: Config) -> dict[tuple[str, int], Finding]:
             finding = decode_finding(outgoing.value)
             found[finding.uid, finding.revision] = finding
     return found
+
+
+class Engine:
+    """Stands where an engine stood when its state was stored."""
+
+    def __init__(self, *seen: tuple[int, int]) -> None:
+        self.seen = seen[-1] if seen else None
+
+    def applied(self, partition: int) -> tuple[int, int] | None:
+        return self.seen
+
+
+async def _carried(kafka: KafkaConfig, count: int) -> list[tuple[int, int, bytes]]:
+    """(partition, offset, value) of the first `count` commands on iw.rollups, all checked against their partition."""
+    end_s = time.monotonic() + 30
+    while True:
+        log = await traffic.read(kafka, kafka.topic("rollups"), 4)
+        found = [(record.partition, rollup) for record in log if isinstance(rollup := decode(record.value), Command)]
+        assert all(partition == command.partition for partition, command in found)
+        if len(found) >= count or time.monotonic() > end_s:
+            return [(command.partition, command.offset, command.value) for _, command in found]
+        await asyncio.sleep(0.2)
+
+
+async def test_commands_are_carried_from_where_each_engine_stands(kafka_config: KafkaConfig) -> None:
+    """New state: all, from the beginning. Restored: what comes after. Given up: none. Too large: without its bytes."""
+    await ensure_topics(kafka_config)
+    sent = [(b"t", bytes([number]) * 10, partition) for partition in (0, 1, 2) for number in range(3)]
+    await traffic.send(kafka_config, [*sent, (b"t", b"x" * 20_000, 3)], topic="commands")
+    engines = {0: Engine(), 1: Engine((1, 0)), 3: Engine()}
+    forwarder = asyncio.create_task(Forwarder(kafka_config, engines).run())
+    try:
+        first = [(0, 0, b"\0" * 10), (0, 1, b"\1" * 10), (0, 2, b"\2" * 10), (1, 2, b"\2" * 10), (3, 0, b"")]
+        assert sorted(await _carried(kafka_config, 5)) == first
+        del engines[0]
+        engines[1] = Engine((9, 0))  # its topic was longer once: all comes again
+        engines[2] = Engine((0, 0))
+        again = [(1, n, bytes([n]) * 10) for n in range(3)] + [(2, n, bytes([n]) * 10) for n in (1, 2)]
+        assert sorted(await _carried(kafka_config, 10)) == sorted(first + again)
+        await traffic.send(kafka_config, [(b"t", b"new", p) for p in (0, 2)], topic="commands")
+        assert (2, 3, b"new") in await _carried(kafka_config, 11)
+        assert (0, 3, b"new") not in await _carried(kafka_config, 11)
+    finally:
+        forwarder.cancel()
+        await asyncio.gather(forwarder, return_exceptions=True)
+
+
+async def test_a_command_that_kafka_does_not_take_is_one_sentence() -> None:
+    """Without a broker, at once and by name."""
+    with pytest.raises(BrokerAway, match=r"no Kafka at 127\.0\.0\.1:9"):
+        await send_command(KafkaConfig(bootstrap_servers="127.0.0.1:9"), "acme", b"{}", timeout_s=1)
