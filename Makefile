@@ -59,8 +59,8 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
 	  python=.venv/bin/python; [ $$name = collector ] && python=.venv-engine/bin/python; $$python -m tests.bench.$$name --json; done
 
-soak-short: .venv/.made ## the crash battery, 20 rounds on a real broker
-	INFERWATCH_SOAK_ROUNDS=20 .venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
+soak-short: .venv/.made ## the crash battery, 22 rounds on a real broker
+	.venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
 
 soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them
 	INFERWATCH_SOAK_ROUNDS=200 .venv/bin/python -m tests.run --soak $(ARGS)

@@ -4,7 +4,8 @@ Each round sends a minute of events while one thing goes wrong: workers are kill
 recover, are suspended beyond their session and go on as zombies; the broker is killed. After each round every user's
 totals over the whole run are exact, and rollups and findings are those of undisturbed engines, byte for byte.
 
-`INFERWATCH_SOAK_ROUNDS` says how many rounds (20), `INFERWATCH_SOAK_SEED` which. Every round prints its seed.
+`INFERWATCH_SOAK_ROUNDS` says how many rounds (22: each fault twice), `INFERWATCH_SOAK_SEED` in which order and when. Every
+round prints its seed.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from tests.streams.worker import Worker, wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.soak]
 
-ROUNDS = int(os.environ.get("INFERWATCH_SOAK_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("INFERWATCH_SOAK_ROUNDS", "22"))
 SEED = int(os.environ.get("INFERWATCH_SOAK_SEED", "1"))
 DETECT = DetectConfig(lifecycle=LifecycleConfig(quiet_s=20, update_s=5), probing=ProbingConfig(threshold=5.0))
 """Findings in every round: they open, change and close within a minute of events."""
