@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.admin import RecordsToDelete
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 
-from collector.kafka import KafkaConfig, ensure_topics
+from collector.kafka import KafkaConfig, TopicPartition, ensure_topics
+from collector.login import admin_client
 from detectors.config import DetectConfig
 from streams.config import StreamsConfig
 from streams.stage import StageFailed, StageWorker
@@ -98,3 +100,25 @@ async def test_half_a_batch_is_never_stored(
         await _until(_done(worker), "all")
     wanted, found = await traffic.caught_up(kafka_config, timeout_s=0)
     assert found.rollups == wanted.rollups
+
+
+async def test_what_was_deleted_unread_is_counted_and_gone_past(kafka_config: KafkaConfig, tmp_path: Path) -> None:
+    """Retention overtook a worker that was away: it goes on at the earliest record there is, and counts the rest."""
+    await ensure_topics(kafka_config)
+    records = traffic.spike(29, 4, time.time_ns() // 1000 - 3600 * traffic.SECOND_US, calm_s=30, spike_s=5)
+    half = len(records) // 2
+    await traffic.send(kafka_config, records[:half])
+    async with _worker(kafka_config, tmp_path) as worker:
+        await _until(_done(worker), "the first half")
+        await _until(lambda: sum(worker.settled().values()) == half, "all of it is stored")
+        stood_at = worker.settled()[0]
+    await traffic.send(kafka_config, records[half:])
+    topic = TopicPartition(kafka_config.topic("events"), 0)
+    async with admin_client(kafka_config) as admin:
+        await admin.delete_records({topic: RecordsToDelete(stood_at + 7)})
+    async with _worker(kafka_config, tmp_path) as worker:
+        await _until(lambda: sum(worker.settled().values()) == len(records), "all there is")
+        reading = worker.reading()
+    assert (reading.totals["lost_records"], reading.drops) == (7, 7)
+    holes = reading.levels["engine_holes"]
+    assert holes > 0, "the lane's own numbers tell of the loss too"
