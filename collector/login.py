@@ -106,7 +106,7 @@ async def wait_for_broker(config: KafkaConfig, timeout_s: float = 10.0) -> None:
                 for host, port in servers:
                     try:
                         connection = await create_conn(host, port, client_id="inferwatch-wait", **options)
-                        connection.close()
+                        await connection.close()
                         async with admin_client(config) as admin:
                             if (await admin.describe_cluster())["brokers"]:
                                 return

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from collector.event import (
     EVENT_BYTES_MAX,
     SCHEMA_VERSION,
+    AnyRecord,
     AuditEvent,
     BadEvent,
     Change,
@@ -24,6 +25,7 @@ from collector.event import (
     Heartbeat,
     Hello,
     decode,
+    decode_all,
     encode,
     from_timestamp_us,
 )
@@ -139,6 +141,31 @@ def _decoded(raw: bytes) -> str:
     again = encode(record)
     assert encode(decode(again)) == again
     return ""
+
+
+def test_many_at_once_are_read_as_one_by_one() -> None:
+    """Whatever stands beside a mutated record in a batch: it is read, or refused in the same words."""
+    seed = _seed()
+    print("INFERWATCH_SEED =", seed)
+    raws = list(_inputs(SHORT, seed))
+    chance = random.Random(seed)  # noqa: S311  # repeatable, no secret
+    first = 0
+    while first < len(raws):
+        batch = raws[first : first + chance.choice((1, 2, 7, 50))]
+        first += len(batch)
+        records, refused = decode_all(batch)
+        singly = [_tried(raw) for raw in batch]
+        assert records == [each for each in singly if not isinstance(each, str)]
+        assert {index: str(error) for index, error in refused.items()} == {
+            index: each for index, each in enumerate(singly) if isinstance(each, str)
+        }
+
+
+def _tried(raw: bytes) -> AnyRecord | str:
+    try:
+        return decode(raw)
+    except BadEvent as error:
+        return str(error)
 
 
 def _check(raw: bytes, read: Callable[[bytes], str] = _decoded) -> bool:

@@ -94,7 +94,7 @@ def test_no_mutation_stops_stage_one() -> None:
 def _rollups() -> list[bytes]:
     partial = Partial(
         0, AT_US // 1_000_000, CANARY, "block_rate", CANARY, {"requests": 3}, {"latency": {4: 3}},
-        {"users": {CANARY: 3}}, [(5, CANARY, CANARY)], [(AT_US, CANARY)], 1, 9,
+        {"users": {CANARY: 3}}, [], [(AT_US, CANARY)], 1, 9,
     )  # fmt: skip
     return [rollups.encode(partial), rollups.encode(Marker(CANARY, 0, 1, AT_US // 1_000_000))]
 
