@@ -22,12 +22,13 @@ STATS: Final = (
     Panel(
         name="open_findings",
         title="Open findings",
-        answers="How many episodes need a person now, whatever the time range? Not those held back by a command.",
+        answers="How many episodes need a person now, whatever the time range? Not those acknowledged or suppressed.",
         kind="stat",
         sql="""
             SELECT count() AS value, countIf(severity = 'critical') AS critical, countIf(severity = 'high') AS high,
                 countIf(severity = 'medium') AS medium
-            FROM findings_now WHERE state != 'close' AND $tenant AND NOT JSONExtractBool(json, 'quiet')
+            FROM findings_now WHERE state != 'close' AND $tenant AND JSONExtractString(json, 'suppressed_by') = ''
+                AND JSONExtractString(json, 'acknowledged_by') = ''
             """,
         series=(
             Series(column="critical", label="critical"),

@@ -66,7 +66,7 @@ class Orders:
     def __init__(self, config: CommandsConfig) -> None:
         self._config = config
         self._keys = public_keys(config)
-        self._state = OrdersState(counters=dict.fromkeys(("commands", "refused", "repeated", "late"), 0))
+        self._state = OrdersState(counters=dict.fromkeys(("taken", "refused", "repeated", "late"), 0))
         self._by_key: dict[Key, list[Suppress]] = {}
         self._by_tenant: dict[str, list[Maintenance]] = {}
 
@@ -93,7 +93,7 @@ class Orders:
             state.counters["refused"] += 1
             raise
         state.ids[command.id] = record.append_ms
-        state.counters["commands"] += 1
+        state.counters["taken"] += 1
         usual_us = max(command.at_us, record.append_ms * 1000) + self._config.delay_s * SECOND_US
         usual_us = -(-usual_us // SECOND_US) * SECOND_US
         state.counters["late"] += usual_us < next_us

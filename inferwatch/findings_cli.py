@@ -60,8 +60,9 @@ def show_all(
         uid, entity = row["uid"][:12], f"{row['entity_kind']} {_short(row['entity_id'])}"
         handled = f"{row['handled']} by {row['by']}" if row["handled"] else ""
         seen = row["last_seen"][:19]
-        table.add_row(uid, row["state"], row["severity"], row["detector"], entity, seen, handled, row["summary"][:100])
-    Console().print(table if found else "No such findings.", markup=False)
+        cells = (uid, row["state"], row["severity"], row["detector"], entity, seen, handled, row["summary"][:100])
+        table.add_row(*map(_plain, cells))
+    Console(markup=False, highlight=False, emoji=False).print(table if found else "No such findings.")
 
 
 @app.command()
@@ -259,6 +260,11 @@ def _row(finding: "Finding") -> dict[str, str]:
         "why": finding.handled_why,
         "summary": finding.summary,
     }
+
+
+def _plain(text: str) -> str:
+    """Nothing that a terminal would obey."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _short(entity_id: str) -> str:

@@ -5,7 +5,7 @@ a partition appends every record of the same partition of iw.commands to it, as 
 that the partition's state has seen: after a crash some come twice, which the engine knows by their offset; with new
 state all of iw.commands comes again, which outlives iw.rollups. Whether a command is good is for the engine to say.
 
-Delivery: at least once, in order. A flood is limited to `RECORDS_MAX` records in `POLL_S` a partition; behind it others
+Delivery: at least once, in order. A flood is limited to `RECORDS_MAX` records in `POLL_S` a worker; behind it others
 wait.
 """
 

@@ -335,7 +335,7 @@ def test_the_same_command_twice_is_taken_once() -> None:
         story.command(copied)
     story.command(copied)
     counters = story.lifecycle.counters
-    names = ("commands", "repeated", "refused", "active")
+    names = ("taken", "repeated", "refused", "active")
     assert [counters[f"commands.{name}"] for name in names] == [1, 2, 1, 1]
 
 
@@ -387,4 +387,4 @@ def test_a_topic_made_anew_is_read_again() -> None:
     story.desk.offset = -1
     ack = Acknowledge(**story.desk.head(50, id="e" * 32), uid="0" * 32, severity="low")
     story.command(story.desk.record(ack))
-    assert story.lifecycle.counters["commands.commands"] == 3
+    assert story.lifecycle.counters["commands.taken"] == 3
