@@ -7,14 +7,15 @@ bytes again when it is asked for.
 
 import binascii
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from collector.event import AuditEvent
 
@@ -89,13 +90,38 @@ ARRAYS: Final = (
 )
 
 
-def columns_of(events: Sequence[AuditEvent], raws: list[bytes], offset: Ints, moment_us: Ints) -> Columns:
-    """The columns of these events, whose raw bytes, offsets and moments are given."""
+EVERYTHING: Final = frozenset(
+    (
+        "blocked",
+        "choices",
+        "judged",
+        "latency_ms",
+        "max_tokens",
+        "ms_per_output_token",
+        "ok",
+        "prompt_tokens",
+        "queue_ms",
+        "response_tokens",
+        "ttft_ms",
+        "verdicts",
+    )
+)
+"""What a detector may ask for; the rest is always there."""
+
+
+def columns_of(
+    events: Sequence[AuditEvent], raws: list[bytes], offset: Ints, moment_us: Ints, reads: AbstractSet[str] = EVERYTHING
+) -> Columns:
+    """The columns of these events, whose raw bytes, offsets and moments are given. What nobody reads is zero."""
+
+    def numbers(name: str, make: Callable[[], list[Any]], dtype: DTypeLike) -> NDArray[Any]:
+        return np.array(make(), dtype) if name in reads else np.zeros(len(events), dtype)
+
     kind, kinds = paired([event.tenant for event in events], [event.model_version for event in events])
     high, low, named = _keys([event.user_id or event.api_key or event.client_address for event in events])
     salts = np.array([_salt(tenant) for tenant, _ in kinds], np.uint64)
-    results = [event.guardrail_results for event in events]
-    verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results)
+    results = [event.guardrail_results for event in events] if reads & {"verdicts", "judged"} else []
+    verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [])
     return Columns(
         raws=raws,
         offset=offset,
@@ -105,17 +131,19 @@ def columns_of(events: Sequence[AuditEvent], raws: list[bytes], offset: Ints, mo
         high=high ^ salts[kind],
         low=low,
         named=named,
-        ok=np.array([event.status == "ok" for event in events]),
-        blocked=np.array([event.blocked for event in events]),
-        judged=np.array(list(map(bool, results))),
-        response_tokens=_tokens([event.response_tokens for event in events]),
-        prompt_tokens=_tokens([event.prompt_tokens for event in events]),
-        max_tokens=_tokens([event.max_tokens for event in events]),
-        choices=np.maximum(np.array([event.n for event in events], np.int64), 1),
-        latency_ms=np.array([event.latency_ms for event in events], np.float64),
-        ttft_ms=np.array([event.ttft_ms for event in events], np.float64),
-        queue_ms=np.array([event.queue_ms for event in events], np.float64),
-        ms_per_output_token=np.array([event.ms_per_output_token for event in events], np.float64),
+        ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
+        blocked=numbers("blocked", lambda: [event.blocked for event in events], bool),
+        judged=numbers("judged", lambda: list(map(bool, results)), bool),
+        response_tokens=_tokens(numbers("response_tokens", lambda: [e.response_tokens for e in events], np.int64)),
+        prompt_tokens=_tokens(numbers("prompt_tokens", lambda: [e.prompt_tokens for e in events], np.int64)),
+        max_tokens=_tokens(numbers("max_tokens", lambda: [e.max_tokens for e in events], np.int64)),
+        choices=np.maximum(numbers("choices", lambda: [event.n for event in events], np.int64), 1),
+        latency_ms=numbers("latency_ms", lambda: [event.latency_ms for event in events], np.float64),
+        ttft_ms=numbers("ttft_ms", lambda: [event.ttft_ms for event in events], np.float64),
+        queue_ms=numbers("queue_ms", lambda: [event.queue_ms for event in events], np.float64),
+        ms_per_output_token=numbers(
+            "ms_per_output_token", lambda: [event.ms_per_output_token for event in events], np.float64
+        ),
         verdict_event=verdict_event,
         verdict_guard=verdict_guard,
         verdict_blocked=verdict_blocked,
@@ -141,8 +169,8 @@ def paired(ones: Sequence[str], others: Sequence[str]) -> tuple[Ints, list[tuple
     return coded(list(zip(ones, others, strict=True)))
 
 
-def _tokens(counts: list[int]) -> Ints:
-    return np.minimum(np.array(counts, np.int64), TOKENS_MAX)
+def _tokens(counts: Ints) -> Ints:
+    return np.minimum(counts, TOKENS_MAX)
 
 
 def _salt(tenant: str) -> int:

@@ -143,6 +143,8 @@ DETECTOR: Final = Detector(
             "Compare its clock with the broker's; was a machine suspended or its time set?",
             "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
         ],
+        key=["collector", "boot", "partition"],
+        window_s=1,
         lookback_s=0,
     ),
     enabled=lambda config: config.enabled,

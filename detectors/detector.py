@@ -114,6 +114,11 @@ class Card(Struct, frozen=True, kw_only=True):
     owasp: list[str]
     runbook: list[str]
     """The first three things to check."""
+    key: list[str]
+    """What its baselines and windows are kept by. Of a user's own they live in his partition of iw.events; all others
+    are added up over partitions and live in the tenant's partition of iw.rollups. So partitioning changes no answer."""
+    window_s: int
+    """The longest stretch of events that one of its answers rests on, baselines apart."""
     lookback_s: int
     """How long before an episode a replay must start to see what the detector saw."""
 
@@ -123,6 +128,8 @@ class Detector(Struct, frozen=True, kw_only=True):
 
     card: Card
     enabled: Callable[[DetectConfig], bool]
+    reads: frozenset[str] = frozenset()
+    """Columns of an event that the first half looks at, of `detectors.columns.EVERYTHING`: no others are filled in."""
     stage_one: Callable[[DetectConfig, "Registry"], StageOne] | None
     """Given the registry of the partition's users, in which it may declare columns. None where the engine itself feeds
     stage 2."""

@@ -342,7 +342,12 @@ DETECTOR: Final = Detector(
             "Do the named users send most of the prompt tokens? Then limit them before scaling out.",
             "Did a model, adapter or engine version change just before, or does another tenant share the host?",
         ],
+        key=["tenant", "model", "stratum"],
+        window_s=600,
         lookback_s=86_400,
+    ),
+    reads=frozenset(
+        {"ok", "prompt_tokens", "response_tokens", "latency_ms", "ttft_ms", "queue_ms", "ms_per_output_token"}
     ),
     enabled=lambda config: config.latency.enabled,
     stage_one=lambda config, _: LatencyOne(config),

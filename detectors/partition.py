@@ -31,7 +31,7 @@ from detectors.chunk import Chunk, in_order
 from detectors.columns import Columns, Ints, columns_of, joined, paired, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
-from detectors.detector import printable
+from detectors.detector import Detector, printable
 from detectors.registry import Registry
 from detectors.rollup import Marker, Partial, Rollup
 from detectors.runs import Run
@@ -79,18 +79,28 @@ class _Piece:
 class PartitionEngine:
     """Stage 1, one per partition of iw.events."""
 
-    def __init__(self, config: DetectConfig, *, topic: str, partition: int, partitions: int) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: DetectConfig,
+        *,
+        topic: str,
+        partition: int,
+        partitions: int,
+        detectors: Sequence[Detector] | None = None,
+    ) -> None:
+        """`detectors`: those of the catalogue that the config has switched on, unless others are given."""
         self._topic = topic
         self._partition = partition
         self._partitions = partitions
         self._clock = PartitionClock(config.time)
         self._registry = Registry(config.entities_max)
+        chosen = enabled(config) if detectors is None else detectors
         self._halves = {
             detector.card.name: detector.stage_one(config, self._registry)
-            for detector in enabled(config)
+            for detector in chosen
             if detector.stage_one is not None
         }
+        self._reads = frozenset[str]().union(*(detector.reads for detector in chosen))
         self._coverage = CoverageOne(config, partition)
         self._waiting: list[Columns] = []
         self._ready: list[Rollup] = []
@@ -186,13 +196,13 @@ class PartitionEngine:
                 self._one(record, piece.raws[index], int(piece.append_ms[index]), int(piece.offsets[index]))
             return
         if event.all():
-            self._waiting.append(columns_of(records, piece.raws, piece.offsets, moment_us))  # type: ignore[arg-type]
+            self._waiting.append(columns_of(records, piece.raws, piece.offsets, moment_us, self._reads))  # type: ignore[arg-type]
         else:
             mine = np.flatnonzero(event)
             events = [records[index] for index in mine.tolist()]
             raws = [piece.raws[index] for index in mine.tolist()]
             if events:
-                self._waiting.append(columns_of(events, raws, piece.offsets[mine], moment_us[mine]))  # type: ignore[arg-type]
+                self._waiting.append(columns_of(events, raws, piece.offsets[mine], moment_us[mine], self._reads))  # type: ignore[arg-type]
         if closed is not None:
             self._closed(closed)
 
@@ -201,7 +211,7 @@ class PartitionEngine:
         flag = self._clock.observe(record, append_ms=append_ms, offset=offset)
         if flag == "taken" and isinstance(record, AuditEvent):
             moment_us = np.array([timestamp_us(record.timestamp)], np.int64)
-            self._waiting.append(columns_of([record], [raw], np.array([offset], np.int64), moment_us))
+            self._waiting.append(columns_of([record], [raw], np.array([offset]), moment_us, self._reads))
         for trouble in self._clock.troubles():
             self._coverage.trouble(trouble)
         closed = self._clock.state.closed_through
@@ -304,8 +314,7 @@ class PartitionEngine:
         if state.waiting:
             offsets, moments, raws = zip(*state.waiting, strict=True)
             events = [event for event in decode_all(raws)[0] if isinstance(event, AuditEvent)]
-            columns = columns_of(events, list(raws), np.array(offsets, np.int64), np.array(moments, np.int64))
-            self._waiting = [columns]
+            self._waiting = [columns_of(events, list(raws), np.array(offsets), np.array(moments), self._reads)]
 
 
 def _moments(records: Sequence[AnyRecord]) -> Ints:

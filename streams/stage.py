@@ -142,6 +142,11 @@ class StageWorker:
         await asyncio.gather(*(output.close() for output in outputs))
 
     @property
+    def records(self) -> int:
+        """How many were handled since the start."""
+        return self._totals["records"]
+
+    @property
     def failed(self) -> bool:
         """Whether `run` is about to raise."""
         return self._failure.done()

@@ -14,7 +14,7 @@ from collector.event import AuditEvent, Decision, GuardResult, decode_all, encod
 from detectors import finding, rollup
 from detectors.catalogue import cards, detectors
 from detectors.chunk import Chunk, in_order
-from detectors.columns import Columns, columns_of, picked
+from detectors.columns import EVERYTHING, Columns, columns_of, picked
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Detector, StageOne, StageTwo, printable
 from detectors.lifecycle import RANK
@@ -31,12 +31,14 @@ STAGED = [detector for detector in detectors() if detector.stage_one is not None
 NAMES = [detector.card.name for detector in STAGED]
 
 
-def seconds(events: list[AuditEvent], *, step: int = 1) -> list[tuple[int, Columns]]:
+def seconds(
+    events: list[AuditEvent], *, step: int = 1, reads: frozenset[str] = EVERYTHING
+) -> list[tuple[int, Columns]]:
     """Events of `step` seconds at a time, in order, each with the last of its seconds."""
     clean = [event for event in map(printable, events) if isinstance(event, AuditEvent)]
     moments = np.array([timestamp_us(event.timestamp) for event in clean], np.int64)
     numbers = np.arange(len(clean))
-    whole = in_order(columns_of(clean, [encode(event) for event in clean], numbers, moments), numbers)
+    whole = in_order(columns_of(clean, [encode(event) for event in clean], numbers, moments, reads), numbers)
     blocks = whole.moment_us // SECOND_US // step
     return [(int(block + 1) * step - 1, picked(whole, np.flatnonzero(blocks == block))) for block in np.unique(blocks)]
 
@@ -126,6 +128,23 @@ def test_a_snapshot_restored_after_every_second_changes_nothing(detector: Detect
     assert alarms_of(restarted, events, restart=True) == alarms_of(plain, events)
     assert [one.counters for one, _ in restarted.ones] == [one.counters for one, _ in plain.ones]
     assert restarted.two.counters == plain.two.counters
+
+
+@pytest.mark.parametrize("detector", STAGED, ids=NAMES)
+def test_a_detector_keeps_to_its_key_and_to_what_it_reads(detector: Detector) -> None:
+    """Partials have as many names as the declared key; with only the declared columns filled in it says the same."""
+    events = four_campaigns(19).events
+    assert detector.reads <= EVERYTHING
+    said = []
+    for reads in (EVERYTHING, detector.reads):
+        halves = Halves(detector)
+        told = [
+            each for _, part in seconds(events, reads=reads) for found in halves.told(part).values() for each in found
+        ]
+        partials = [each for each in told if isinstance(each, Partial)]
+        assert all(len(each.key.split("\n")) + 1 == len(detector.card.key) for each in partials)
+        said.append([rollup.encode(each) for each in told])
+    assert said[0] == said[1] != []
 
 
 @pytest.mark.parametrize("detector", STAGED, ids=NAMES)
