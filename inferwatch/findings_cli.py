@@ -236,7 +236,9 @@ def _send(config: Config, operator: "Operator", command: "AnyCommand", *, as_jso
         told = {"command": command.id, "kind": command.__struct_config__.tag, "tenant": command.tenant}
         typer.echo(orjson.dumps({**told, "by": command.by}).decode())
     else:
-        typer.echo(f"Written as command {command.id}; it takes effect within seconds.")
+        typer.echo(
+            f"Written as command {command.id}; it takes effect within seconds, or is refused with a dead letter."
+        )
 
 
 def _row(finding: "Finding") -> dict[str, str]:
