@@ -149,7 +149,7 @@ class Deliver:
 
     def reading(self) -> Reading:
         """The health of delivery: a sink's trouble is told, and does not make the process unready."""
-        totals: dict[str, int] = {}
+        totals = {"dead_letters": self._letters.count}
         levels: dict[str, float] = {}
         troubles = []
         started = all(outlet.started() for outlet in self._outlets)

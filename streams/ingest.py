@@ -27,6 +27,7 @@ from sinks.clickhouse.rows import StoredEvent
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
 from streams.health import Reading
+from streams.metrics import Histogram
 from streams.progress import Intent, Progress, Saved
 from streams.storing import Copying, EventStore, Insertions, commit, fetched_all, lag_of, token_of
 
@@ -141,7 +142,8 @@ class Ingest:
         self._intakes: dict[TopicPartition, Intake] = {}
         self._consumer: AIOKafkaConsumer | None = None
         self._stop = asyncio.Event()
-        self._stored = 0
+        self._stored = self._handled = 0
+        self._sizes = Histogram.of_records()
 
     async def run(self) -> None:
         """Ingests until `stop`. Raises BrokerAway, TopicMismatch or IngestInUse, each with one sentence."""
@@ -182,7 +184,16 @@ class Ingest:
             watermark_us=None if least == NEVER else least,
             late=late,
             drops=unreadable + self._letters.count,
-            totals={"stored": self._stored, "copied": self._copying.copied, "store_retries": self._insertions.retries},
+            totals={
+                "records": self._handled,
+                "stored": self._stored,
+                "copied": self._copying.copied,
+                "store_retries": self._insertions.retries,
+                "dead_letters": self._letters.count,
+                "duplicates": counters.pop("duplicate", 0),
+                "quarantined": counters.pop("quarantined", 0),
+            },
+            histograms={"batch_records": self._sizes},
             levels={f"clock_{name}": float(value) for name, value in counters.items()},
         )
 
@@ -236,6 +247,8 @@ class Ingest:
     async def _insert(self, consumer: AIOKafkaConsumer, intake: Intake) -> None:
         while batch := intake.batch():
             first, last = batch[0].offset, batch[-1].offset
+            self._handled += len(batch)
+            self._sizes.add(len(batch))
             rows = intake.rows(batch)
             if rows:
                 token = token_of(intake.tp.topic, intake.tp.partition, first, last)

@@ -107,6 +107,26 @@ async def test_every_figure_is_scraped_from_a_real_worker(kafka_config: KafkaCon
     assert 0 < values["state_write_seconds"] < 10
 
 
+@pytest.mark.kafka
+async def test_ingest_tells_the_same_of_the_store(kafka_config: KafkaConfig, tmp_path: Path) -> None:
+    """Lag, delay, rate, batches, late, duplicates, quarantined and dead letters, under the same names."""
+    await ensure_topics(kafka_config)
+    collector = Collector(4, at_us=1_767_000_000_000_000)
+    made = [*collector.control(Hello), *(collector.event(f"user-{number}") for number in range(50))]
+    made += made[10:13]
+    sent = [(key, encode(record), partition) for key, record, partition in made]
+    with Worker("ingest", kafka_config, tmp_path) as ingest, Worker("deliver", kafka_config, tmp_path) as deliver:
+        await traffic.send(kafka_config, sent)
+        wait_until(lambda: ingest.metric("stored_total") == 53, "all is stored", 60, ingest)
+        wait_until(lambda: deliver.metric("ready") == 1, "delivery is ready", 60, deliver)
+        page = ingest.get("metrics")
+        assert deliver.metric("dead_letters_total") == deliver.metric("lag_records") == 0
+    names = [name for name in NAMES if not name.startswith(("state_", "commit_", "rebalances", "evictions"))]
+    values = {name: _value(page, name) for name in names}
+    assert not [name for name, value in values.items() if math.isnan(value)], page
+    assert [values[name] for name in ("records_total", "duplicates_total", "batch_records")] == [57, 3, 57]
+
+
 def _value(page: str, name: str) -> float:
     """Of a metric, or the sum of a histogram; NaN where it is not told."""
     for line in page.splitlines():
