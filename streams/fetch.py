@@ -53,3 +53,8 @@ def enable(topic: str) -> None:
     """From now on fetches of the topic come as `Fetched`, in this process; all other topics as usual."""
     _topics.add(topic)
     fetcher.FetchResult = _FetchResult
+
+
+def enabled() -> frozenset[str]:
+    """The topics that come as `Fetched`."""
+    return frozenset(_topics)

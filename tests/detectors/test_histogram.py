@@ -3,10 +3,21 @@
 import math
 import random
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detectors.histogram import VALUE_MAX, at_least, bucket_of, halve, lower_edge, quantile, total, upper_tail
+from detectors.histogram import (
+    VALUE_MAX,
+    at_least,
+    bucket_of,
+    buckets_of,
+    halve,
+    lower_edge,
+    quantile,
+    total,
+    upper_tail,
+)
 from detectors.rollup import add_all
 
 VALUES = st.integers(0, VALUE_MAX)
@@ -76,3 +87,9 @@ def test_the_tail_bound_holds_in_simulation() -> None:
 def test_nothing_above_expectation_is_no_evidence() -> None:
     """0 nats."""
     assert upper_tail(4, 40, 0.1) == upper_tail(0, 0, 0.1) == upper_tail(0, 40, 0.1) == 0.0
+
+
+def test_many_values_at_once_are_in_the_buckets_of_each() -> None:
+    """At every edge, around it, and beyond both ends."""
+    values = [-5, 0, *(2**n + step for n in range(45) for step in (-1, 0, 1)), *(lower_edge(b) for b in range(352))]
+    assert buckets_of(np.array(values, np.int64)).tolist() == [bucket_of(value) for value in values]
