@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from inferwatch.config import Config, load
 from inferwatch.options import ConfigOption, JsonOption
@@ -42,11 +40,12 @@ def show_all(
     if as_json:
         typer.echo(orjson.dumps([_told(one) for one in found]).decode())
         return
-    table = Table("place", "written", "by", "bytes", "state", "reason", box=None)
     for one in found:
         told = one.letter
-        table.add_row(told.place, one.written, told.by, str(told.size_bytes), one.state, told.reason)
-    Console().print(table if found else "No dead letters.", markup=False)
+        head = f"{told.place}  {one.written}  {told.by}  {told.size_bytes} bytes  {one.state}"
+        typer.echo(f"{_plain(head)}\n    {_plain(told.reason)}")
+    if not found:
+        typer.echo("No dead letters.")
 
 
 @app.command()
@@ -97,8 +96,13 @@ def replay(
     else:
         for outcome in outcomes:
             head = f"sent again at offset {outcome.to_offset}" if outcome.done else "not sent"
-            typer.echo(f"{outcome.place}: {head}: {outcome.effect}")
+            typer.echo(_plain(f"{outcome.place}: {head}: {outcome.effect}"))
     raise typer.Exit(0 if dry_run or all(outcome.done for outcome in outcomes) else 1)
+
+
+def _plain(said: str) -> str:
+    """A letter may be anybody's who can write to the topic: what a terminal would obey is left out."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in said)
 
 
 def _filter(config: Config, reason: str, topic: str) -> "Callable[[Letter], bool]":

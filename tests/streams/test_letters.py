@@ -203,4 +203,9 @@ async def test_the_command_line(kafka_config: KafkaConfig, tmp_path: Path, monke
     assert "replayed" in table.output
     assert SECRET.decode() not in shown.output + replayed.output + table.output + listed.output
     assert (await run("replay")).exit_code == 2
+    await _written(kafka_config, [(_record("events", 0, 0, b""), "\x1b[2J[red]gone[/red]")], by="\x1b]0;title\x07")
+    table = await run("list")
+    assert "[red]gone[/red]" in table.output
+    assert all(one.letter.place in table.output for one in found), "places can be copied from the list"
+    assert "\x1b" not in table.output + (await run("list", "--json")).output
     assert "no dead letter for nowhere-0-0" in str((await run("replay", "nowhere-0-0")).exception)
