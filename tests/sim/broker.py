@@ -84,7 +84,7 @@ class Broker:
             salt = self._chance.random()
             order = sorted(outgoing, key=lambda record, salt=salt: hash((record.partition, salt)))  # type: ignore[misc]  # mypy and defaults
             stop = self._chance.randrange(len(order) + 1) if self._chance.random() < refusals else None
-            step = self._chance.choice((1, 4, 1000))
+            step = self._chance.choice((2, 10, 1000))
             for number, record in enumerate(order):
                 if number % step == 0:
                     await self._weather()

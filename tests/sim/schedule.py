@@ -36,6 +36,8 @@ class Plan:
     workers: int = 2
     records_max: int = 20
     chaos_steps: int = 400
+    faults: float = 0.05
+    """How often a step is a fault; each has a weight of its own."""
     drop: float = 0.05
     repeat: float = 0.05
     refusals: float = 0.1
@@ -68,9 +70,10 @@ def draw(seed: int) -> Plan:
         tenant_partitions=chance.choice((1, 2)),
         workers=chance.choice((1, 2, 2, 3)),
         records_max=chance.choice((12, 40, 200)),
-        chaos_steps=chance.choice((100, 200, 300)),
-        drop=chance.choice((0, 0.05, 0.3)),
-        repeat=chance.choice((0, 0.05, 0.3)),
+        chaos_steps=chance.choice((100, 200, 400)),
+        faults=chance.choice((0.02, 0.05, 0.1)),
+        drop=chance.choice((0, 0.05, 0.2)),
+        repeat=chance.choice((0, 0.05, 0.2)),
         refusals=chance.choice((0, 0.1, 0.5)),
         in_time=chance.choice((0, 0.5, 1)),
         chunk_bytes=chance.choice((500, 1_500, 1 << 20)),
@@ -148,7 +151,7 @@ class Simulation:
         names, weights = list(self._weights), list(self._weights.values())
         for _ in range(self.plan.chaos_steps):
             stage = self._chance.randrange(2)
-            if any(weights) and self._chance.random() < 0.1:
+            if any(weights) and self._chance.random() < self.plan.faults:
                 name = self._chance.choices(names, weights)[0]
                 self.happened[name] += 1
                 self._faults[name](stage)
@@ -161,21 +164,22 @@ class Simulation:
             return
         process = self._chance.choice(running)
         what = self._chance.random()
+        burst = range(self._chance.choice((1, 3, 10, 30)))
         if not process.recovered and process in self.groups[stage].members:
-            if what < 0.3:
+            if what < 0.5:
                 process.recover(self.plan.writer)
             else:
-                process.work()
-        elif what < 0.2:
+                any(not process.work() for _ in burst)
+        elif what < 0.3:
             self._release()
             process.fetch(self._cut(), self.plan.drop, self.plan.repeat)
-        elif what < 0.8:
-            process.work()
+        elif what < 0.7:
+            any(not process.work() for _ in burst)
         elif what < 0.95:
-            process.store()
+            any(not process.store() for _ in burst)
         elif process in self.groups[stage].members:
             self._commit(stage, process)
-        elif what > 0.99:
+        elif what > 0.98:
             self._notice(stage, process)
 
     def _cut(self) -> int:
@@ -185,7 +189,7 @@ class Simulation:
         """The collectors wrote some more; what stage 1 wrote is there for stage 2."""
         partition = self._chance.randrange(len(self._released))
         total = len(self._events.logs[partition])
-        step = self._chance.randrange(1, 40)
+        step = self._chance.randrange(1, 80)
         self._released[partition] = min(total, self._released[partition] + step)
         self.roles[1].visible[:] = [len(log) for log in self.rollups.logs]
 
