@@ -154,15 +154,14 @@ async def until(
 
 
 async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_config: KafkaConfig, tmp_path: Path) -> None:
-    """Findings, then suppress, SIGKILL of stage 2, next episodes: the one is marked and not told, the other is told;
-    commands of a stranger are refused; the log of rollups, and that of events
+    """Findings, then suppress, SIGKILL of stage 2, next episodes: the one is marked and not told, the other is told
+    and called false; a change is named; commands of a stranger are refused; the log of rollups, and that of events
     with that of commands, give the same findings again."""
     place = Place(kafka_config, tmp_path)
     lines = await place.say("keys", "operator", "alice")
     with place.file.open("a") as file:
         file.write(lines)
-    config = load(place.file)
-    kafka = config.kafka
+    kafka = load(place.file).kafka
     await ensure_topics(kafka)
     source = Source(kafka)
     await source.send(source.collector.control(Hello))
@@ -188,6 +187,7 @@ async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_confi
             two.send_signal(signal.SIGKILL)
             two.wait()
             start("detect", "--stage", "2")
+            planned = json.loads(await place.say("change", "--tenant", "acme", "--reason", "guard 2", "--json"))
             await until(kafka, place, lambda f: f.uid == first.uid and f.state == "close", "the episode closes")
             await source.blocks("mallory", 3)
             await source.blocks("trudy", 12)
@@ -197,6 +197,9 @@ async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_confi
             trudy = lambda f: f.detector == "probing" and f.entity != first.entity  # noqa: E731
             other = await until(kafka, place, trudy, "trudy is found")
             assert (second.suppressed_by, second.quiet, second.state) == (command, True, "open")
+            assert second.change == planned["command"]
+            await place.say("finding", "false-positive", other.uid[:12], "--reason", "drill")
+            await until(kafka, place, lambda f: f.uid == other.uid and f.false_positive, "it is called false")
             assert (other.suppressed_by, other.quiet) == ("", False)
             later = [finding for finding in await told(kafka) if finding.updated_us >= second.updated_us]
             assert any(finding.leads for finding in later), "nobody would be paged for trudy"
@@ -204,13 +207,10 @@ async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_confi
             await until(kafka, place, closes, "trudy's episode closes")
         delivered = await _delivered(tmp_path, other.uid)
         assert (first.uid in delivered, other.uid in delivered, second.uid in delivered) == (True, True, False)
-        listed = json.loads(await place.say("finding", "list", "--closed", "--json"))
-        handled = {row["uid"]: row["handled"] for row in listed}
-        assert (handled[second.uid], handled[other.uid]) == ("suppressed", "")
+        handled = await _handled(place)
+        assert (handled[second.uid], handled[other.uid]) == ("suppressed", "false positive")
     assert await _refusals(kafka) == {"its operator is not in detect.commands.operators"}
-    findings = {(f.uid, f.revision): f for f in await told(kafka)}
-    assert await _again(config) == findings
-    assert {(f.uid, f.revision): f async for f in backtest(kafka, config.detect)} == findings
+    await _is_repeatable(load(place.file))
 
 
 async def _refusals(kafka: KafkaConfig) -> set[str]:
@@ -232,6 +232,18 @@ async def _delivered(folder: Path, last: str, timeout_s: float = 20) -> set[str]
         lines = file.read_text().splitlines() if file.exists() else []
         uids = {json.loads(line)["finding_info"]["uid"] for line in lines}
     return uids
+
+
+async def _handled(place: Place) -> dict[str, str]:
+    listed = json.loads(await place.say("finding", "list", "--closed", "--json"))
+    return {row["uid"]: row["handled"] for row in listed}
+
+
+async def _is_repeatable(config: Config) -> None:
+    """From the log of rollups as it lies, and from events and commands alone."""
+    findings = {(f.uid, f.revision): f for f in await told(config.kafka)}
+    assert await _again(config) == findings
+    assert {(f.uid, f.revision): f async for f in backtest(config.kafka, config.detect)} == findings
 
 
 async def _again(config: Config) -> dict[tuple[str, int], Finding]:
