@@ -6,7 +6,7 @@ from typing import Annotated
 import orjson
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from inferwatch.config import load
 from inferwatch.options import ConfigOption, JsonOption
@@ -33,7 +33,7 @@ def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
         told = {name: {**fact._asdict(), "configs": dict(fact.configs)} for name, fact in facts.items()}
         typer.echo(orjson.dumps({"topics": told, "mismatches": [one._asdict() for one in wrong]}).decode())
     else:
-        table = Table("topic", "partitions", "replication", *SETTINGS, box=None)
+        table = Table(*(Column(name, overflow="fold") for name in ("topic", "partitions", "replication", *SETTINGS)))
         for name, fact in facts.items():
             table.add_row(
                 name, str(fact.partitions), str(fact.replication), *(fact.configs.get(k, "") for k in SETTINGS)

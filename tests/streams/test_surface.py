@@ -1,6 +1,7 @@
 """The private surface, checked by version and name; where it is not as tested, the public path finds the same."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,35 @@ async def test_the_public_path_gives_the_same_findings_through_kills(
     assert found == wanted
     assert found.findings
     assert all(WARNING in worker.log.read_text() for worker in (one, other, two))
+
+
+@pytest.mark.kafka
+async def test_a_zombie_on_the_public_path_harms_nothing(
+    kafka_config: KafkaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suspended beyond its session while another takes over, then let go again: the same findings."""
+    monkeypatch.setenv(PUBLIC_PATH_VARIABLE, "1")
+    await ensure_topics(kafka_config)
+    records = traffic.spike(31, 4, AN_HOUR_AGO_US)
+    third = len(records) // 3
+    with (
+        Worker("stage1", kafka_config, tmp_path, name="a", **SMALL) as one,
+        Worker("stage1", kafka_config, tmp_path, name="b", **SMALL) as other,
+        Worker("stage2", kafka_config, tmp_path, **SMALL) as two,
+    ):
+        shared = lambda: one.metric("partitions") == other.metric("partitions") == 2  # noqa: E731
+        wait_until(shared, "the workers share the partitions", 60, one, other, two)
+        await traffic.send(kafka_config, records[:third])
+        one.send(signal.SIGSTOP)
+        await traffic.send(kafka_config, records[third : 2 * third])
+        wait_until(lambda: other.metric("partitions") == 4, "the other worker owns all", 60, other, two)
+        one.send(signal.SIGCONT)
+        await traffic.send(kafka_config, records[2 * third :])
+        wait_until(shared, "they share again", 60, one, other, two)
+        wanted, found = await traffic.caught_up(kafka_config, one, other, two)
+        assert [worker.stop() for worker in (one, other, two)] == [0, 0, 0]
+    assert found == wanted
+    assert found.findings
 
 
 @pytest.mark.kafka
