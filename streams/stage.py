@@ -28,6 +28,7 @@ from streams.metrics import Histogram, Tally
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
 from streams.shard import Bounds, PartitionRun, Refused, Shard
+from streams.state import StateTooLarge
 from streams.surface import SourceConsumer, make_app
 
 __all__ = ["Refused", "Shard", "Stage", "StageFailed", "StageWorker", "run_stage"]
@@ -236,8 +237,8 @@ class StageWorker:
             async with asyncio.timeout(REVOKE_TIMEOUT_S):
                 for owned in list(self._owned.values()):
                     await self._store(owned)
-        except TimeoutError:
-            log.warning("state not stored before giving partitions up", role=self.stage.role)
+        except (TimeoutError, StateTooLarge) as error:
+            log.warning("state not stored before giving partitions up", role=self.stage.role, reason=str(error))
 
     def _counters(self) -> dict[int, Mapping[str, int]]:
         return {partition: owned.run.shard.counters() for partition, owned in self._owned.items()}

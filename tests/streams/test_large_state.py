@@ -13,7 +13,7 @@ from collector.kafka import ConsumerRecord, KafkaConfig, ensure_topics
 from streams.config import StreamsConfig
 from streams.output import Outgoing
 from streams.shard import Refused
-from streams.stage import Stage, StageWorker
+from streams.stage import Stage, StageFailed, StageWorker
 from tests.streams import traffic
 
 pytestmark = pytest.mark.kafka
@@ -68,7 +68,7 @@ async def test_a_large_state_holds_nothing_up_and_is_quickly_back(kafka_config: 
     stage = Stage("stage1", kafka_config.topic("events"), 4, kafka_config.topic("rollups"), make)
     streams = StreamsConfig(session_timeout_s=6, tick_after_s=300)
     worker, stop = StageWorker(stage, kafka_config, streams, tmp_path), asyncio.Event()
-    running = asyncio.create_task(worker.run(stop))
+    running, started_s = asyncio.create_task(worker.run(stop)), time.monotonic()
     sent = 0
     end_s = time.monotonic() + 60
     while worker.reading().totals["states"] < 8 or sent < 400:
@@ -81,7 +81,7 @@ async def test_a_large_state_holds_nothing_up_and_is_quickly_back(kafka_config: 
     while sum(worker.settled().values()) < sent:
         assert time.monotonic() < end_s, worker.settled()
         await asyncio.sleep(0.1)
-    size = worker.reading().totals["state_bytes"]
+    size, took_s = worker.reading().totals["state_bytes"], time.monotonic() - started_s
     stop.set()
     await running
 
@@ -100,5 +100,23 @@ async def test_a_large_state_holds_nothing_up_and_is_quickly_back(kafka_config: 
         f"{size / 2**20:.0f} MiB written; longest wait between batches {held_up_s:.2f} s; ready after {ready_s:.1f} s"
     )
     assert counted == sent
+    assert size <= streams.state_bytes_per_s * took_s + STATE_BYTES, "the changelog is paced"
     assert ready_s < READY_S_MAX
     assert held_up_s < HELD_UP_S_MAX
+
+
+async def test_a_state_over_its_limit_ends_the_worker_with_one_sentence(
+    kafka_config: KafkaConfig, tmp_path: Path
+) -> None:
+    """It says which partition, how large, and which setting; nothing half is left behind."""
+    await ensure_topics(kafka_config)
+    stage = Stage("stage1", kafka_config.topic("events"), 4, kafka_config.topic("rollups"), LargeShard)
+    streams = StreamsConfig(tick_after_s=300, state_bytes_max=1024 * 1024)
+    await traffic.send(kafka_config, [(b"", b"x", 2)])
+    with pytest.raises(
+        StageFailed, match=r"state of partition 2 is \d+ bytes packed, over streams.state_bytes_max"
+    ):
+        async with asyncio.timeout(60):
+            await StageWorker(stage, kafka_config, streams, tmp_path).run(asyncio.Event())
+    changelog = f"{kafka_config.topic_prefix}-stage1-state-changelog"
+    assert await traffic.read(kafka_config, changelog, 4) == []
