@@ -113,9 +113,7 @@ async def test_a_state_over_its_limit_ends_the_worker_with_one_sentence(
     stage = Stage("stage1", kafka_config.topic("events"), 4, kafka_config.topic("rollups"), LargeShard)
     streams = StreamsConfig(tick_after_s=300, state_bytes_max=1024 * 1024)
     await traffic.send(kafka_config, [(b"", b"x", 2)])
-    with pytest.raises(
-        StageFailed, match=r"state of partition 2 is \d+ bytes packed, over streams.state_bytes_max"
-    ):
+    with pytest.raises(StageFailed, match=r"state of partition 2 is \d+ bytes packed, over streams.state_bytes_max"):
         async with asyncio.timeout(60):
             await StageWorker(stage, kafka_config, streams, tmp_path).run(asyncio.Event())
     changelog = f"{kafka_config.topic_prefix}-stage1-state-changelog"
