@@ -8,6 +8,8 @@ one partition, so what concerns one user may be decided there, as a `Signal`. St
 A new detector is one file with a `Detector` in it, a line in `catalogue.py`, and one test file.
 """
 
+import os
+import traceback
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -167,6 +169,12 @@ def _cleaned(record: _Record, names: tuple[str, ...]) -> _Record:
 
 def _clean(name: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
+
+
+def line_of(error: BaseException) -> str:
+    """Where it was raised, `FILE:LINE`: a whole traceback may show values."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""  # noqa: PTH119  # a name
 
 
 def actor_entity(actor_id: str) -> Entity:

@@ -31,7 +31,7 @@ from detectors.chunk import Chunk, in_order
 from detectors.columns import Columns, Ints, columns_of, joined, paired, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
-from detectors.detector import Detector, printable
+from detectors.detector import Detector, line_of, printable
 from detectors.registry import Registry
 from detectors.rollup import Marker, Partial, Rollup
 from detectors.runs import Run
@@ -265,7 +265,7 @@ class PartitionEngine:
                 # A fault of one detector is its own: the others go on, and it is told.
                 counter = f"{name}.failed_chunks"
                 self._failures[counter] = self._failures.get(counter, 0) + 1
-                log.exception("a detector failed", detector=name, error=type(error).__name__)
+                log.error("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
         told.sort(key=_place)
         self._ready.extend(told)
 

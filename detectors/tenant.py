@@ -1,18 +1,22 @@
 """Stage 2 without Kafka or Faust: rollups of all partitions in, findings out. See `detectors/engine.py`."""
 
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
+import structlog
 from msgspec import Struct
 
 from detectors.catalogue import cards, enabled
 from detectors.config import DetectConfig, config_digest
-from detectors.detector import Alarm
+from detectors.detector import Alarm, line_of
 from detectors.finding import Finding
 from detectors.lifecycle import Lifecycle
 from detectors.rollup import Cell, Command, Marker, Partial, Rollup, Signal
 from detectors.snapshot import SNAPSHOT_VERSION, BadSnapshot, check
 from detectors.time import SECOND_US
+
+log = structlog.get_logger(__name__)
 
 _Sortable = TypeVar("_Sortable", bound=tuple[object, ...])
 
@@ -131,7 +135,7 @@ class TenantEngine:
         self._closed_through = through
 
     def _advance(self, until_s: int) -> None:
-        self._raise([(name, alarm) for name, half in self._halves.items() for alarm in half.advance(until_s)])
+        self._raise([said for name, half in self._halves.items() for said in self._asked(name, half.advance, until_s)])
         self._ready.extend(self._lifecycle.advance(until_s * SECOND_US))
 
     def _judge(self, second: int) -> None:
@@ -150,11 +154,20 @@ class TenantEngine:
         for name, half in self._halves.items():
             rows = [(*key, cell) for key, cell in sorted(merged.get(name, {}).items(), key=_by_key)]
             if rows:
-                alarms.extend((name, alarm) for alarm in half.second(second, rows))
+                alarms += self._asked(name, half.second, second, rows)
             for signal in signals:
                 if signal.kind == name:
-                    alarms.extend((name, alarm) for alarm in half.signal(signal))
+                    alarms += self._asked(name, half.signal, signal)
         self._raise(alarms)
+
+    def _asked(self, name: str, judge: Callable[..., Iterable[Alarm]], *arguments: object) -> list[tuple[str, Alarm]]:
+        """What a detector says. A rollup that makes no sense, or a fault of its own, stops nobody else, and is told."""
+        try:
+            return [(name, alarm) for alarm in judge(*arguments)]
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            self._counters["failed_judgements"] = self._counters.get("failed_judgements", 0) + 1
+            log.error("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
+            return []
 
     def _raise(self, alarms: list[tuple[str, Alarm]]) -> None:
         """In order of time, and after what was due before, so that one long step says the same as many short ones."""

@@ -91,7 +91,7 @@ def measure_latency(broker: Broker, rate: int, seconds: int) -> dict[str, Any]:
         one = Worker("stage1", kafka, Path(folder), **settings)
         two = Worker("stage2", kafka, Path(folder), **settings)
         with one, two:
-            wait_until(lambda: "ok" in one.get("readyz") and "ok" in two.get("readyz"), "ready", 60, one, two)
+            wait_until(lambda: bool(one.get("readyz") and two.get("readyz")), "ready", 60, one, two)
             driver = [sys.executable, "-m", "tests.bench.stream_latency", broker.bootstrap, kafka.topic_prefix]
             subprocess.run([*driver, str(rate), str(seconds)], cwd=ROOT, check=True)
             time.sleep(2)

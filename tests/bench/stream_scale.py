@@ -55,7 +55,7 @@ def measure_two(broker: Broker, events: int, seed: int) -> dict[str, Any]:
         kafka = KafkaConfig(bootstrap_servers=broker.bootstrap, topic_prefix=f"two{workers}")
         loaded = asyncio.run(load(kafka, Backlog(events, seed=seed)))
         command = [sys.executable, "-m", "tests.bench.workers", "stage1", broker.bootstrap, kafka.topic_prefix]
-        until = str(loaded.records // workers - 2_000)
+        until = str(int(loaded.records / workers * 0.9))
         running = [
             subprocess.Popen([*command, until], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             for _ in range(workers)

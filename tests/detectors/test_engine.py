@@ -11,7 +11,7 @@ from detectors import finding, rollup
 from detectors.config import DetectConfig, LatencyConfig
 from detectors.engine import BadSnapshot, PartitionEngine, PartitionMismatch, TenantEngine
 from detectors.finding import Evidence, Finding
-from detectors.rollup import Marker
+from detectors.rollup import Marker, Partial
 from tests.sim.campaigns import DEMO, four_campaigns
 from tests.sim.layout import Layout, Logged, lay_out
 from tests.sim.pipe import run
@@ -209,3 +209,14 @@ def _beats(seconds: int) -> list[Logged]:
         )
         records.append(Logged(record, at_s * 1_000, seq))
     return records
+
+
+def test_a_rollup_that_makes_no_sense_stops_no_other_detector() -> None:
+    """Whoever writes it to iw.rollups: it is counted, and what comes after it is judged."""
+    engine = TenantEngine(CONFIG, partition=0, partitions=1)
+    nonsense = Partial(0, 5, "acme", "block_rate", "m\ng", {}, {}, {}, [], [], 0, 0)
+    for kind in ("block_rate", "latency", "token_length", "probing", "unheard_of"):
+        engine.observe(msgspec.structs.replace(nonsense, kind=kind, key="m\n1.1"))
+    engine.observe(Marker("iw.events", 0, 1, 10))
+    assert (engine.closed_through, engine.take()) == (10, [])
+    assert engine.counters["failed_judgements"] == 3

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -89,8 +90,6 @@ def test_keys_tell_tenants_and_kinds_of_actors_apart() -> None:
     event = traffic.events[0]
 
     def keys(*fields: dict[str, str]) -> list[tuple[int, int]]:
-        import msgspec
-
         events = [msgspec.structs.replace(event, **each) for each in fields]  # type: ignore[arg-type]
         numbers = np.zeros(len(events), np.int64)
         columns = columns_of(events, [b""] * len(events), numbers, numbers)
