@@ -265,7 +265,7 @@ class PartitionEngine:
                 # A fault of one detector is its own: the others go on, and it is told.
                 counter = f"{name}.failed_chunks"
                 self._failures[counter] = self._failures.get(counter, 0) + 1
-                log.error("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
+                log.warning("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
         told.sort(key=_place)
         self._ready.extend(told)
 

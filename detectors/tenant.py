@@ -166,7 +166,7 @@ class TenantEngine:
             return [(name, alarm) for alarm in judge(*arguments)]
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             self._counters["failed_judgements"] = self._counters.get("failed_judgements", 0) + 1
-            log.error("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
+            log.warning("a detector failed", detector=name, error=type(error).__name__, at=line_of(error))
             return []
 
     def _raise(self, alarms: list[tuple[str, Alarm]]) -> None:
