@@ -239,7 +239,7 @@ def decode_all(raws: Sequence[bytes]) -> tuple[list[AnyRecord], dict[int, BadEve
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     else:
-        if not {record.schema_version for record in records} - {SCHEMA_VERSION}:
+        if [record.schema_version for record in records].count(SCHEMA_VERSION) == len(records):
             return records, {}
     tried = [_tried(raw) for raw in raws]
     bad = {index: each for index, each in enumerate(tried) if isinstance(each, BadEvent)}

@@ -121,7 +121,8 @@ def columns_of(
     high, low, named = _keys([event.user_id or event.api_key or event.client_address for event in events])
     salts = np.array([_salt(tenant) for tenant, _ in kinds], np.uint64)
     results = [event.guardrail_results for event in events] if reads & {"verdicts", "judged"} else []
-    verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [])
+    sizes = np.array(list(map(len, results)), np.int64) if results else np.zeros(len(events), np.int64)
+    verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [], sizes)
     return Columns(
         raws=raws,
         offset=offset,
@@ -133,7 +134,7 @@ def columns_of(
         named=named,
         ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
         blocked=numbers("blocked", lambda: [event.blocked for event in events], bool),
-        judged=numbers("judged", lambda: list(map(bool, results)), bool),
+        judged=sizes > 0,
         response_tokens=_tokens(numbers("response_tokens", lambda: [e.response_tokens for e in events], np.int64)),
         prompt_tokens=_tokens(numbers("prompt_tokens", lambda: [e.prompt_tokens for e in events], np.int64)),
         max_tokens=_tokens(numbers("max_tokens", lambda: [e.max_tokens for e in events], np.int64)),
@@ -151,21 +152,25 @@ def columns_of(
     )
 
 
-def coded(values: Sequence[Any]) -> tuple[Ints, list[Any]]:
+def coded(values: list[Any]) -> tuple[Ints, list[Any]]:
     """Small numbers for values, and the values that they stand for, in order of appearance."""
+    if _all_one(values):
+        return np.zeros(len(values), np.int64), values[:1]
     names = dict.fromkeys(values)
-    if len(names) == 1:
-        return np.zeros(len(values), np.int64), list(names)
     for number, name in enumerate(names):
         names[name] = number
     return np.array([names[value] for value in values], np.int64), list(names)
 
 
-def paired(ones: Sequence[str], others: Sequence[str]) -> tuple[Ints, list[tuple[str, str]]]:
+def _all_one(values: list[Any]) -> bool:
+    """Whether they are all equal. Counting compares, which is quicker than hashing strings that were just made."""
+    return bool(values) and values.count(values[0]) == len(values)
+
+
+def paired(ones: list[str], others: list[str]) -> tuple[Ints, list[tuple[str, str]]]:
     """`coded` of pairs. Mostly there is one pair only, which is seen soonest without making pairs."""
-    one, other = dict.fromkeys(ones), dict.fromkeys(others)
-    if len(one) == len(other) == 1:
-        return np.zeros(len(ones), np.int64), list(zip(one, other, strict=True))
+    if _all_one(ones) and _all_one(others):
+        return np.zeros(len(ones), np.int64), [(ones[0], others[0])]
     return coded(list(zip(ones, others, strict=True)))
 
 
@@ -179,18 +184,19 @@ def _salt(tenant: str) -> int:
 
 def _keys(actors: list[str]) -> tuple[Keys, Keys, Flags]:
     """128 bits an actor: the digits of a pseudonym of ours, else a digest. Never the same for two but by chance."""
-    named = np.array(list(map(bool, actors)))
     joined = "".join(actors)
     if len(joined) == PSEUDONYM_CHARACTERS * len(actors) and joined.isascii() and joined == joined.lower():
         marks = np.frombuffer(joined.encode(), np.uint8).reshape(-1, PSEUDONYM_CHARACTERS)
-        if (marks[:, 1] == ord("_")).all() and named.all():
+        if (marks[:, 1] == ord("_")).all() and min(map(len, actors)) == PSEUDONYM_CHARACTERS:
             try:
                 digits = binascii.unhexlify(marks[:, 2:].tobytes())
             except binascii.Error:
                 pass
             else:
                 words = np.frombuffer(digits, ">u8").astype(np.uint64).reshape(-1, 2)
-                return words[:, 0], words[:, 1] ^ (marks[:, 0].astype(np.uint64) << np.uint64(56)), named
+                low = words[:, 1] ^ (marks[:, 0].astype(np.uint64) << np.uint64(56))
+                return words[:, 0], low, np.ones(len(actors), bool)
+    named = np.array(list(map(bool, actors)))
     digests = b"".join([_digest(name) for name in actors])
     words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
     return words[:, 0], words[:, 1], named
@@ -209,17 +215,22 @@ def _digest(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=16, person=b"iw-actor").digest()
 
 
-def _verdicts(results: list[list[Any]]) -> tuple[Ints, Ints, Flags, list[str]]:
+def _verdicts(results: list[list[Any]], sizes: Ints) -> tuple[Ints, Ints, Flags, list[str]]:
     """One verdict for each event and guard: it blocked if it did so at any stage; errors are no verdict."""
-    told = [result for result in chain.from_iterable(results) if result.decision != "error"]
+    told = list(chain.from_iterable(results))
+    decisions = [result.decision for result in told]
+    event = np.repeat(np.arange(len(results)), sizes[: len(results)])
+    if "error" in decisions:
+        sound = [number for number, decision in enumerate(decisions) if decision != "error"]
+        told, decisions, event = (
+            [told[number] for number in sound],
+            [decisions[number] for number in sound],
+            event[sound],
+        )
     if not told:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), []
-    event = np.repeat(np.arange(len(results)), np.array(list(map(len, results))))
-    if len(told) != len(event):
-        sound = [result.decision != "error" for result in chain.from_iterable(results)]
-        event = event[np.array(sound)]
     guard, guards = coded([result.guard for result in told])
-    blocked = np.array([result.decision == "block" for result in told])
+    blocked = np.array([decision == "block" for decision in decisions])
     code = event * len(guards) + guard
     if len(code) > 1 and not (code[1:] > code[:-1]).all():
         code, which = np.unique(code, return_inverse=True)

@@ -63,7 +63,7 @@ def pack(partition: int, writer: str, slot: int, state: State, bytes_max: int) -
 
     Raises StateTooLarge beyond `bytes_max` packed bytes.
     """
-    packed = bytes(cramjam.zstd.compress(state.snapshot, 3))
+    packed = bytes(cramjam.zstd.compress(state.snapshot, 1))
     if len(packed) > bytes_max:
         raise StateTooLarge(
             f"the state of partition {partition} is {len(packed)} bytes packed, over streams.state_bytes_max "
