@@ -128,7 +128,7 @@ class Ledger:
     @staticmethod
     def _note(book: dict[Key, bytes], value: bytes) -> None:
         finding = findings.decode(value)
-        key = (finding.uid, finding.revision, finding.updated_us)
+        key = (finding.uid, finding.revision)
         assert book.setdefault(key, value) == value, f"a finding told twice, and differently: {finding.detector}"
 
     def _differences(self) -> list[str]:
