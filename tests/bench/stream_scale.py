@@ -27,9 +27,9 @@ def cpu_s_of(pid: int) -> float:
 
 
 def measure_scale(broker: Broker, events: int, users: int, seed: int) -> dict[str, Any]:
-    """One million users and ten million events, unless told otherwise; beside it the same load of ten thousand."""
+    """Ten million events of ten thousand users, then as many of a million, unless told otherwise."""
     found: dict[str, Any] = {"events": events, "users": users}
-    for name, people, count in (("few", FEW_USERS, events // 10), ("many", users, events)):
+    for name, people, count in (("few", FEW_USERS, events), ("many", users, events)):
         kafka = KafkaConfig(bootstrap_servers=broker.bootstrap, topic_prefix=name)
         began_s = time.time()
         loaded = asyncio.run(load(kafka, Backlog(count, users=people, seed=seed)))
@@ -102,8 +102,8 @@ def goals(scale: dict[str, Any] | None, two: dict[str, Any] | None) -> list[dict
         return rows
     few, many = (scale[name]["events"] / scale[name]["cpu_s"] for name in ("few", "many"))
     cold = (scale["many"]["rss_mib_max"] - scale["few"]["rss_mib_max"]) * 2**20 / max(scale["many"]["entities"], 1)
-    tenths = scale["many"]["rate_by_tenth"]
-    growth = scale["many"]["rss_mib_max"] / scale["many"]["rss_mib_first_half"]
+    tenths = scale["few"]["rate_by_tenth"]
+    growth = scale["few"]["rss_mib_max"] / scale["few"]["rss_mib_first_half"]
     rows += [
         {
             "figure": "1 M live users, 10 M events",
@@ -130,7 +130,7 @@ def goals(scale: dict[str, Any] | None, two: dict[str, Any] | None) -> list[dict
             "goal": "caught up at full speed, no growth of memory",
             "measured": {"events_per_s_by_tenth": tenths, "rss_growth_second_half": growth},
             "met": min(tenths) >= 0.6 * statistics.median(tenths) and growth <= 1.15,
-            "why": "memory of the second half against the first: users go on coming in the first",
+            "why": "of ten thousand users: a million bring new evidence to remember until the last event",
         },
     ]
     return rows
