@@ -1,23 +1,26 @@
 """probing: a session, or a user over sessions, tries variations of a prompt until one passes.
 
 Method. A one-sided CUSUM of log-likelihood ratios on *distinct* prompts: how much likelier is this run of verdicts from
-a client of whom a quarter is blocked than from this client as it was on days before today? A prompt that the user sent
-before (equal digest, or MinHash similarity of at least .95) weighs nothing, so a retried or re-sent prompt is no
-evidence. Evidence fades with a half-life of 24 h, so one an hour still adds up. Threshold 13.3: measured in simulation,
-0.01 % of benign sessions. Sources: E. S. Page, Biometrika 41, 1954; A. Wald, "Sequential Analysis", 1947.
+a client of whom three in ten are blocked than from this client as it was before the run began? A prompt that the user
+sent before (equal digest, or MinHash similarity of at least .95) weighs nothing, so a retried or re-sent prompt is no
+evidence. Evidence fades with a half-life of 24 h, so one an hour still adds up; against a user also with one of ten
+days, told from a higher bar, for who tries for weeks. A client with a long past may be blocked half as often again as
+usual before it counts. What goes on for 20 h is learned as usual. Threshold 11.7: 0.01 % of honest sessions in the
+simulation of `tests/bench/detection_probing.py`. Sources: E. S. Page, Biometrika 41, 1954; A. Wald, "Sequential
+Analysis", 1947.
 
 A session is told first; its user only when no session of his is told, that is, when he spreads it over sessions.
-Without blocks there is no evidence: a guard that stops nothing lets this detector see nothing.
+Without blocks there is no evidence: a guard that stops nothing lets this detector see nothing. Pace and guard scores
+are not used: bursts of honest batch jobs are as even as those of attackers.
 
-Cold start. First day: every client is compared with an assumed 2 %, which costs about five times the false alarms (a
-red-team client, a cron job that is always blocked). First week: clients seen on few days are still close to that.
+Cold start. A stranger is compared with an assumed 2 %, and needs up to 1.4 times the evidence; that falls with the
+square of what is known of him, to a quarter at 50 prompts. A red-team job looks like an attack on its first day.
 
-Memory: 21 bytes a user; 300 a user and session with evidence, and at most 16 prompts of 350 bytes such a user.
+Memory: 9 bytes a user; 600 a user and 300 a session with evidence, and at most 16 prompts of 350 bytes such a user.
 """
 
 import math
 from collections import Counter
-from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -26,22 +29,25 @@ from msgspec import Struct
 
 from collector.event import AuditEvent
 from detectors.chunk import Chunk
-from detectors.config import DetectConfig
+from detectors.config import DetectConfig, ProbingConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor, actor_entity, contributors
 from detectors.entities import Dump, EntityTable
 from detectors.finding import Entity, Statistic
 from detectors.prompts import Prompt, prompt_of, seen_before
-from detectors.registry import Registry, Rows
+from detectors.registry import Registry
 from detectors.rollup import Partial, Sample, Signal, earliest
 from detectors.time import SECOND_US
 
 NAME: Final = "probing"
-DAY_S: Final = 86_400
+LEARN_US: Final = 20 * 3_600 * SECOND_US
+"""Evidence that goes on for so long is learned as the client's usual rate: less than a day, so that a daily job that is
+blocked by right is told once, and long enough to find who tries once an hour."""
 SESSION_TOLD_US: Final = 3_600 * SECOND_US
 """How long a told session keeps its user from being told for the same thing."""
-COLD_START: Final = "Few prompts on earlier days: compared with an assumed block rate."
-SUM_MAX: Final = 3.0
-"""Most evidence kept, in thresholds: how long an episode can outlast its last block is bounded."""
+COLD_START: Final = "Few earlier prompts: compared with an assumed block rate, and told only on more evidence."
+EVIDENCE_MAX: Final = 20.0
+"""Most evidence kept, in nats, or `HIGH_BARS` of the highest bar: how long an
+episode can outlast its last block is bounded."""
 
 
 class Taken(NamedTuple):
@@ -70,9 +76,15 @@ class Client(Struct):
     """The evidence against a user and his sessions; kept while there is any."""
 
     whole: Suspicion | None = None
+    slow: Suspicion | None = None
+    """The same with the long half-life."""
     sessions: dict[str, Suspicion] = {}
     known: list[Prompt] = []
     session_told_us: int = 0
+    usual: tuple[int, int] = (0, 0)
+    """Prompts and blocks that the client is compared with: all before `usual_us`."""
+    usual_us: int = 0
+    """When the evidence began, or, where it goes on for long, was last learned."""
 
 
 SESSIONS_MAX: Final = 32
@@ -82,7 +94,20 @@ BLOCKED_NOW: Final = 2
 SUSPECTED_HALF_LIVES: Final = 8
 """How long a user who came under suspicion is among the last to be forgotten."""
 KEY_BYTES: Final = 16
+PSEUDONYM_SHOWN: Final = 14
+"""Characters of a pseudonym in a summary: its prefix and twelve."""
+HIGH_BARS: Final = 1.2
+"""Severity is high from so many bars."""
 GAINS_MAX: Final = 4_096
+SWING_PROMPTS: Final = 200
+"""Prompts from which a client's past is firm enough that honest work may exceed it."""
+
+
+def bar_of(config: ProbingConfig, prompts: int) -> float:
+    """The evidence that is told, of a client with so many prompts in his past: the fewer, the more of it, since some
+    strangers are often blocked by right (a red-team job on its first day)."""
+    strange = config.prior_prompts / (prompts + config.prior_prompts)
+    return config.threshold * (1 + config.stranger_extra * strange**2)
 
 
 class ProbingOne(StageOne):
@@ -96,10 +121,8 @@ class ProbingOne(StageOne):
         self._suspects: EntityTable[bytes, Client] = EntityTable(
             self._config.suspects_max, self._config.idle_s * SECOND_US
         )
+        self._sum_max = max(EVIDENCE_MAX, HIGH_BARS * self._config.threshold * (1 + self._config.stranger_extra))
         self._gains: dict[tuple[int, int], tuple[float, float]] = {}
-        self._day = registry.column(f"{NAME}.day", np.uint32)
-        self._past_prompts = registry.column(f"{NAME}.past_prompts", np.uint32)
-        self._past_blocks = registry.column(f"{NAME}.past_blocks", np.uint32)
         self._prompts = registry.column(f"{NAME}.prompts", np.uint32)
         self._blocks = registry.column(f"{NAME}.blocks", np.uint32)
         self._flag = registry.column(f"{NAME}.flag", np.uint8)
@@ -109,18 +132,9 @@ class ProbingOne(StageOne):
         return self._suspects.counters | {"suspects": len(self._suspects)}
 
     def events(self, chunk: Chunk) -> list[Partial | Signal]:
-        told: list[Partial | Signal] = []
-        day = np.clip(chunk.second // DAY_S, 1, 2**32 - 1)
-        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(day)) + 1).tolist(), len(chunk)]):
-            told += self._of_a_day(chunk, begin, end, int(day[begin]))
-        return told
-
-    def _of_a_day(self, chunk: Chunk, begin: int, end: int, day: int) -> list[Partial | Signal]:
         columns = chunk.columns
-        rows = np.arange(begin, end)
-        rows = rows[columns.judged[begin:end] & (chunk.entity[begin:end] >= 0)]
+        rows = np.flatnonzero(columns.judged & (chunk.entity >= 0))
         entity = chunk.entity[rows]
-        self._turn(entity, day)
         blocked = entity[columns.blocked[rows]]
         self._flag.values[blocked] |= BLOCKED_NOW
         closer = self._flag.values[entity] != 0
@@ -128,7 +142,7 @@ class ProbingOne(StageOne):
         np.add.at(self._prompts.values, entity[~closer], 1)
         rows, entity = rows[closer], entity[closer]
         keys = np.stack((columns.high[rows], columns.low[rows]), axis=1).tobytes()
-        past = zip(self._past_prompts.values[entity].tolist(), self._past_blocks.values[entity].tolist(), strict=True)
+        past = zip(self._prompts.values[entity].tolist(), self._blocks.values[entity].tolist(), strict=True)
         signals: dict[tuple[int, str, str], Signal] = {}
         prompts, blocks = Counter[int](), Counter[int]()
         for number, (row, who, before) in enumerate(zip(rows.tolist(), entity.tolist(), past, strict=True)):
@@ -143,13 +157,16 @@ class ProbingOne(StageOne):
                 until_s = int(chunk.second[row]) + SUSPECTED_HALF_LIVES * self._config.half_life_s
                 self._registry.suspect(who, until_s)
             taken = Taken(int(columns.moment_us[row]), chunk.event(row), int(columns.offset[row]))
-            new, told = self._suspect(client, taken, before, chunk.partition)
+            if taken.moment_us - client.usual_us >= LEARN_US:
+                client.usual_us = taken.moment_us
+                client.usual = (before[0] + prompts[who], before[1] + blocks[who])
+            new, told = self._suspect(client, taken, client.usual, chunk.partition)
             if new:
                 prompts[who] += 1
                 blocks[who] += taken.event.blocked
             if told is not None:
                 signals[told.second, told.tenant, told.key] = told
-            if client.whole is not None:
+            if client.whole is not None or client.slow is not None:
                 self._suspects.put(key, taken.moment_us, client)
             else:
                 self._suspects.drop(key)
@@ -158,14 +175,6 @@ class ProbingOne(StageOne):
             whose = np.fromiter(counted, np.int64, len(counted))
             column.values[whose] += np.fromiter(counted.values(), np.uint32, len(counted))
         return list(signals.values())
-
-    def _turn(self, entity: Rows, day: int) -> None:
-        """A new day for those who were last seen on another."""
-        entity = np.unique(entity[self._day.values[entity] != day])
-        self._past_prompts.values[entity] += self._prompts.values[entity]
-        self._past_blocks.values[entity] += self._blocks.values[entity]
-        self._prompts.values[entity] = self._blocks.values[entity] = 0
-        self._day.values[entity] = day
 
     def _suspect(
         self, client: Client, taken: Taken, past: tuple[int, int], partition: int
@@ -177,43 +186,48 @@ class ProbingOne(StageOne):
         if new:
             client.known = [*client.known, prompt][-self._config.prompts_max :]
         gain = self._gain(past, blocked=event.blocked) if new else 0.0
-        client.whole = self._step(client.whole, taken, gain, new=new)
+        client.whole = self._step(client.whole, taken, gain, self._config.half_life_s, new=new)
+        client.slow = self._step(client.slow, taken, gain, self._config.slow_half_life_s, new=new)
         if event.session_id:
-            session = self._step(client.sessions.pop(event.session_id, None), taken, gain, new=new)
+            before = client.sessions.pop(event.session_id, None)
+            session = self._step(before, taken, gain, self._config.half_life_s, new=new)
             if session is not None:
                 client.sessions[event.session_id] = session
-        if client.whole is None:
+        if client.whole is None and client.slow is None:
             client.known, client.sessions = [], {}
         elif len(client.sessions) > SESSIONS_MAX:
             del client.sessions[min(client.sessions, key=lambda name: (client.sessions[name].sum, name))]
         return new, self._tell(client, taken, past, partition) if new and event.blocked else None
 
     def _rate(self, prompts: int, blocks: int) -> float:
-        """The client's own block rate on days before today, at least the assumed one."""
+        """The client's own block rate so far, drawn towards the assumed one."""
         config = self._config
-        usual = (blocks + config.prior_rate * config.prior_prompts) / (prompts + config.prior_prompts)
-        return max(config.prior_rate, usual)
+        return (blocks + config.prior_rate * config.prior_prompts) / (prompts + config.prior_prompts)
 
     def _gain(self, past: tuple[int, int], *, blocked: bool) -> float:
         """What a distinct prompt weighs; the last answers are kept, since most clients have the same past: none."""
         gains = self._gains.get(past)
         if gains is None:
-            usual = min(self._rate(*past), 0.9)
+            known = past[0] / (past[0] + SWING_PROMPTS)
+            usual = (1 + (self._config.swing - 1) * known) * self._rate(*past)
+            usual = min(max(self._config.prior_rate, usual), 0.9)
             attack = min(max(self._config.attack_rate, 2.5 * usual), 0.95)
             if len(self._gains) >= GAINS_MAX:
                 self._gains.clear()
             gains = self._gains[past] = math.log((1 - attack) / (1 - usual)), math.log(attack / usual)
         return gains[blocked]
 
-    def _step(self, suspicion: Suspicion | None, taken: Taken, gain: float, *, new: bool) -> Suspicion | None:
+    def _step(
+        self, suspicion: Suspicion | None, taken: Taken, gain: float, half_life_s: int, *, new: bool
+    ) -> Suspicion | None:
         """The evidence after this request; None when it is back to nothing."""
         event, moment_us = taken.event, taken.moment_us
         if suspicion is None:
             if gain <= 0:
                 return None
             suspicion = Suspicion(last_us=moment_us, start_us=moment_us, first_offset=taken.offset)
-        fade = 0.5 ** ((moment_us - suspicion.last_us) / (self._config.half_life_s * SECOND_US))
-        suspicion.sum = min(suspicion.sum * fade + gain, SUM_MAX * self._config.threshold)
+        fade = 0.5 ** ((moment_us - suspicion.last_us) / (half_life_s * SECOND_US))
+        suspicion.sum = min(suspicion.sum * fade + gain, self._sum_max)
         if suspicion.sum <= 0:
             return None
         suspicion.last_us, suspicion.last_offset = moment_us, taken.offset
@@ -226,19 +240,24 @@ class ProbingOne(StageOne):
         return suspicion
 
     def _tell(self, client: Client, taken: Taken, past: tuple[int, int], partition: int) -> Signal | None:
-        threshold, event = self._config.threshold, taken.event
+        bar, event = bar_of(self._config, past[0]), taken.event
         session = client.sessions.get(event.session_id)
-        if session is not None and session.sum >= threshold:
+        if session is not None and session.sum >= bar:
             client.session_told_us = taken.moment_us
             entity = Entity(kind="session", id=f"{actor(event)}/{event.session_id}")
-            return self._signal(session, entity, event, past, partition)
-        told = client.session_told_us and taken.moment_us - client.session_told_us <= SESSION_TOLD_US
-        if not told and client.whole is not None and client.whole.sum >= threshold:
-            return self._signal(client.whole, actor_entity(actor(event)), event, past, partition)
-        return None
+            return self._signal(session, bar, entity, event, past, partition)
+        if client.session_told_us and taken.moment_us - client.session_told_us <= SESSION_TOLD_US:
+            return None
+        seen, least = client.whole, bar
+        slow_bar = bar * self._config.slow_factor
+        if client.slow is not None and (seen is None or client.slow.sum / slow_bar > seen.sum / bar):
+            seen, least = client.slow, slow_bar
+        if seen is None or seen.sum < least:
+            return None
+        return self._signal(seen, least, actor_entity(actor(event)), event, past, partition)
 
-    def _signal(
-        self, seen: Suspicion, entity: Entity, event: AuditEvent, past: tuple[int, int], partition: int
+    def _signal(  # noqa: PLR0917  # one of each thing that a signal is made of
+        self, seen: Suspicion, bar: float, entity: Entity, event: AuditEvent, past: tuple[int, int], partition: int
     ) -> Signal:
         return Signal(
             partition=partition,
@@ -256,8 +275,9 @@ class ProbingOne(StageOne):
                 "prompts": seen.prompts,
                 "distinct": seen.distinct,
                 "blocks": seen.blocked,
-                "own_rate_ppm": round(self._rate(*past) * 1e6),
+                "own_rate_ppm": round(max(self._rate(*past), self._config.prior_rate) * 1e6),
                 "past_prompts": past[0],
+                "bar_milli": round(bar * 1_000),
             },
             samples=list(seen.samples),
             first_offset=seen.first_offset,
@@ -278,13 +298,15 @@ class ProbingTwo(StageTwo):
         self._config = config.probing
 
     def signal(self, signal: Signal) -> list[Alarm]:
-        counts, threshold = signal.counts, self._config.threshold
+        counts = dict(signal.counts)
+        threshold = counts.pop("bar_milli") / 1_000
         evidence = signal.observed_milli / 1_000
         cold = counts["past_prompts"] < self._config.prior_prompts
         span_s = (signal.last_seen_us - signal.first_seen_us) // SECOND_US + 1
         who = "Session" if signal.entity.kind == "session" else "Client"
         user = signal.entity.id.partition("/")[0]
-        usual = "an unknown client is assumed to have" if cold else "this client had before today"
+        usual = "an unknown client is assumed to have" if cold else "this client had before"
+        name = "/".join(part[:PSEUDONYM_SHOWN] for part in signal.entity.id.split("/"))
         return [
             Alarm(
                 tenant=signal.tenant,
@@ -293,7 +315,7 @@ class ProbingTwo(StageTwo):
                 at_us=(signal.second + 1) * SECOND_US,
                 first_seen_us=signal.first_seen_us,
                 last_seen_us=signal.last_seen_us,
-                severity="high" if evidence >= 1.5 * threshold else "medium",
+                severity="high" if evidence >= HIGH_BARS * threshold else "medium",
                 confidence="medium" if cold else "high",
                 statistic=Statistic(
                     name="log-likelihood ratio of distinct prompts",
@@ -305,7 +327,7 @@ class ProbingTwo(StageTwo):
                 ),
                 counts=counts,
                 summary=(
-                    f"{who} {signal.entity.id} sent {counts['distinct']} different prompts in {span_s} s, and guards"
+                    f"{who} {name} sent {counts['distinct']} different prompts in {span_s} s, and guards"
                     f" blocked {counts['blocks']} requests; {usual} {counts['own_rate_ppm'] / 1e4:.1f} % blocked"
                 ),
                 offsets={signal.partition: (signal.first_offset, signal.last_offset)},
@@ -323,7 +345,7 @@ _decoder = msgspec.msgpack.Decoder(_Clients)
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=["AML.T0051.000", "AML.T0054", "AML.T0040"],
         owasp=["LLM01"],
         runbook=[
