@@ -24,16 +24,15 @@ from typing import Final
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
 from detectors.chunk import Chunk, Groups, bits
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, contributors
-from detectors.finding import CONTRIBUTORS_MAX, Entity, Statistic
+from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo
 from detectors.histogram import quantile, upper_tail
+from detectors.latency_told import WEEK_S, Judgement, KeyState, slow_alarm, step_of, unusual_alarm
 from detectors.rollup import Cell, Partial, Signal, earliest, first, merge_offsets
+from detectors.spot import STATISTICS
 from detectors.strata import STRATA_MAX, Step, Stratum, above, known, standardised, teach
-from detectors.time import SECOND_US
 
 NAME: Final = "latency"
 METRICS: Final = ("total", "ttft", "queue", "per_token")
@@ -44,7 +43,10 @@ STEPS_MAX: Final = 60
 HISTORY_MAX: Final = 120
 HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02
-WEEK_S: Final = 7 * 86_400
+PAST_S: Final = 86_400
+"""Age from which a key's own past is judged by."""
+REST: Final = 100
+"""Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
 
 
 class LatencyOne(StageOne):
@@ -79,46 +81,20 @@ class LatencyOne(StageOne):
         return told
 
 
-class KeyState(Struct):
-    """What is known of one tenant x model."""
-
-    first_s: int
-    baseline: dict[str, Stratum] = {}
-    steps: list[Step] = []
-    history: list[float] = []
-    """ln(observed / expected median) of past windows that were not slow."""
-    history_index: int = 0
-    slow_since_s: int | None = None
-
-
-class Judgement(Struct):
-    """One window against what was expected of it, times in µs."""
-
-    calls: int
-    steps: list[Step]
-    observed_us: float
-    expected_us: float
-    tail_ratio: float
-    chance_ln: float
-
-    @property
-    def ratio(self) -> float:
-        return self.observed_us / max(self.expected_us, 1.0)
-
-
 class LatencyTwo(StageTwo):
     """Windows over merged seconds."""
 
     def __init__(self, config: DetectConfig) -> None:
         self._config = config.latency
         self._users_max = config.contributors_max
-        self._step_s = max(1, self._config.window_s // STEPS)
+        self._step_s = step_of(self._config)
         self._keys: dict[tuple[str, str], KeyState] = {}
         self._refused_keys = 0
         self._open: int | None = None
         """The step that seconds go into now; the same for all keys."""
         steps_a_week = WEEK_S / self._step_s
         self._chance_ln = math.log(self._config.budget_per_week / steps_a_week)
+        self._unusual = math.log10(steps_a_week / STEPS * len(STATISTICS) / self._config.budget_per_week)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -179,14 +155,43 @@ class LatencyTwo(StageTwo):
                 state.slow_since_s = index * self._step_s
             both = before is not None and self._slow(state, before)
             if before is not None and both and last.chance_ln + before.chance_ln <= self._chance_ln:
-                alarm = self._alarm(state, (tenant, model), last, before)
+                needed = self._needed(state)
+                alarm = slow_alarm(state, (tenant, model), (before, last), needed, self._config)
         elif last is not None:
             state.slow_since_s = None
             if index >= state.history_index + STEPS:
                 state.history = [*state.history, math.log(max(last.ratio, 1e-3))][-HISTORY_MAX:]
                 state.history_index = index
+        unusual = self._judge_past(state, (tenant, model), index)
+        alarm = unusual if alarm is None else alarm
         self._learn(state, index, STEPS if last is None else index - last.steps[0].index + 1)
         return alarm
+
+    def _judge_past(self, state: KeyState, where: tuple[str, str], index: int) -> Alarm | None:
+        """Against the key's own past, once a window; windows follow each other and take in what calls are due."""
+        if index // STEPS == state.spot_index // STEPS and (index + 1) % STEPS:
+            return None
+        steps = [step for step in state.steps if step.index > max(state.spot_index, index - STEPS_MAX)]
+        calls = sum(stratum.calls for step in steps for key, stratum in step.strata.items())
+        if calls < self._config.min_calls and steps and index - steps[0].index < STEPS_MAX - 1:
+            return None
+        state.spot_index = index
+        window = self._compare(state, steps)
+        if window.calls < self._config.min_calls or not window.expected_us:
+            return None
+        minutes = max(steps[-1].index - steps[0].index + 1, STEPS) * self._step_s / 60
+        found = state.spot.judge(
+            math.log(max(window.observed_us, 1.0) / max(window.expected_us, 1.0)),
+            math.log(max(window.tail_ratio, 1e-3)) if window.tail_ratio else None,
+            index * self._step_s // 3_600 % 168,
+            math.log1p(calls / minutes),
+        )
+        if not found or index * self._step_s - state.first_s < PAST_S:
+            return None
+        statistic = max(found, key=lambda name: found[name])
+        if not state.spot.tells(found[statistic], self._unusual, REST):
+            return None
+        return unusual_alarm(state, where, window, (statistic, found[statistic], self._unusual), self._config)
 
     def _window(self, state: KeyState, end: int) -> Judgement | None:
         """The shortest window that ends with step `end` and has enough calls to judge; None where there is none."""
@@ -246,74 +251,6 @@ class LatencyTwo(StageTwo):
         while state.steps and state.steps[0].index <= index - 2 * STEPS_MAX:
             state.steps.pop(0)
 
-    def _alarm(self, state: KeyState, where: tuple[str, str], last: Judgement, before: Judgement) -> Alarm:
-        tenant, model = where
-        steps = [*before.steps, *last.steps]
-        tokens: dict[str, int] = {}
-        offsets: dict[int, tuple[int, int]] = {}
-        for step in steps:
-            merge_offsets(offsets, step.offsets)
-            for user, count in step.prompt_tokens.items():
-                tokens[user] = tokens.get(user, 0) + count
-        span_s = (last.steps[-1].index - before.steps[0].index + 1) * self._step_s
-        end_s = (last.steps[-1].index + 1) * self._step_s
-        part, part_ms, grown_ms = self._part(state, last.steps)
-        per_token, usual_per_token = standardised(state.baseline, last.steps, "per_token")
-        top = contributors(tokens, "prompt tokens", CONTRIBUTORS_MAX)
-        share = 100 * top[0].amount // max(sum(tokens.values()), 1) if top else 0
-        ratio = max(last.ratio, last.tail_ratio)
-        age_s = end_s - state.first_s
-        named = f"; {top[0].entity.id} sent {share} % of the prompt tokens" if top else ""
-        return Alarm(
-            tenant=tenant,
-            entity=Entity(kind="model", id=model),
-            model=model,
-            at_us=end_s * SECOND_US,
-            first_seen_us=before.steps[0].index * self._step_s * SECOND_US,
-            last_seen_us=end_s * SECOND_US,
-            severity="high" if ratio >= 2 * self._config.ratio_min else "medium",
-            confidence="medium" if age_s < WEEK_S else "high",
-            statistic=Statistic(
-                name="median latency, standardised by prompt size and answer length",
-                observed=round(last.observed_us / 1_000, 3),
-                baseline=round(last.expected_us / 1_000, 3),
-                threshold=round(last.expected_us * self._needed(state) / 1_000, 3),
-                unit="ms",
-                improbability=round(-(last.chance_ln + before.chance_ln) / math.log(10), 2),
-            ),
-            counts={
-                "calls": last.calls + before.calls,
-                "span_s": span_s,
-                "users": len(tokens),
-                "per_token_us": round(quantile(per_token, 0.5)),
-                "usual_per_token_us": round(quantile(usual_per_token, 0.5)),
-            },
-            summary=(
-                f"{model} took {last.observed_us / 1_000:.0f} ms at the median of {last.calls} calls,"
-                f" {last.ratio:.1f} times the expected {last.expected_us / 1_000:.0f} ms, for {span_s} s;"
-                f" {part} grew most, by {part_ms:.0f} of {grown_ms:.0f} ms{named}"
-            ),
-            offsets=offsets,
-            samples=earliest(sample for step in steps for sample in step.samples),
-            contributors=top,
-            cold_start=_cold_start(age_s),
-            peak_speaks=True,
-        )
-
-    def _part(self, state: KeyState, steps: list[Step]) -> tuple[str, float, float]:
-        """Which part of the median call grew most, by how many ms, of how many in all."""
-        grown: dict[str, float] = {}
-        for metric in ("total", "ttft", "queue"):
-            observed, expected = standardised(state.baseline, steps, metric)
-            grown[metric] = (quantile(observed, 0.5) - quantile(expected, 0.5)) / 1_000
-        parts = {
-            "the queue": grown["queue"],
-            "reading the prompt": grown["ttft"] - grown["queue"],
-            "generation": grown["total"] - grown["ttft"],
-        }
-        name = max(sorted(parts), key=lambda part: parts[part])
-        return name, parts[name], grown["total"]
-
     def snapshot(self) -> bytes:
         return _encoder.encode((list(self._keys.items()), self._refused_keys, self._open))
 
@@ -322,19 +259,13 @@ class LatencyTwo(StageTwo):
         self._keys = dict(keys)
 
 
-def _cold_start(age_s: int) -> str:
-    if age_s < 86_400:
-        return "Less than a day of baseline: the daily swing of load is not known yet."
-    return "Less than a week of baseline: the weekly swing of load is not known yet." if age_s < WEEK_S else ""
-
-
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]], int, int | None])
 
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[

@@ -1,0 +1,104 @@
+"""Calls whose latencies have a real spread and an injected fault: LLMPerf's residuals, Nezha's spans."""
+
+import csv
+import gzip
+import json
+import tarfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from tests.bench.detection_pipe import SECOND_US, Calls, Floats, Ints, calls_of
+
+START_S: Final = 1_800_000_000 - 1_800_000_000 % (7 * 86_400)
+MINUTE_US: Final = 60 * SECOND_US
+LIGHT_BELOW: Final = 0.6
+"""A provider's tail is light where its 95th percentile is below exp(.6) times the median."""
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Calls and when they were made slower: (begin, end, kind) in µs."""
+
+    calls: Calls
+    shifts: list[tuple[int, int, str]]
+    calm_us: tuple[int, int]
+    """Without shifts, for false alarms."""
+
+
+def residuals(data: Path) -> dict[str, Floats]:
+    """ln(time to first token / the provider's median) of each provider with more than 50 calls."""
+    found = {}
+    with tarfile.open(data / "latency" / "llmperf_raw.tar.gz") as archive:
+        for member in sorted(archive.getmembers(), key=lambda member: member.name):
+            opened = archive.extractfile(member) if "individual" in member.name else None
+            if opened is None or not member.name.endswith(".json"):
+                continue
+            told = json.loads(opened.read())
+            first = np.array([row["ttft_s"] for row in told if row.get("ttft_s") and not row.get("error_code")], float)
+            first = first[first > 0]
+            if len(first) > 50:
+                found[Path(member.name).name] = np.log(first / np.median(first))
+    return found
+
+
+def shifted(
+    residual: Floats, per_min: float, calls_min: int, rng: np.random.Generator, days: tuple[int, int, int]
+) -> Shifted:
+    """A daily swing of load, queueing with it, AR(1) noise of sd .12 a minute, one-minute hiccups (one a week).
+
+    After days of learning and days of calm, in the last days a doubling of ten windows every five hours, in turn of the
+    whole distribution and of an eighth of the calls, which is what doubles the 95th percentile.
+    """
+    minutes = sum(days) * 1_440
+    at = np.arange(minutes)
+    swing = 1 + 0.5 * np.sin(2 * np.pi * at / 1_440) * (1 - 0.3 * (at // 1_440 % 7 >= 5))
+    number = rng.poisson(per_min * swing * rng.gamma(8, 1 / 8, minutes))
+    noise = np.zeros(minutes)
+    steps = rng.normal(0, 0.12 * np.sqrt(1 - 0.9**2), minutes)
+    for minute in range(1, minutes):
+        noise[minute] = 0.9 * noise[minute - 1] + steps[minute]
+    slower = noise - 0.5 * np.log(1 - 0.75 * np.minimum(swing / 1.5, 1.05))
+    hiccups = rng.random(minutes) < 1 / 10_080
+    slower[hiccups] += rng.uniform(0.5, 1.5, int(hiccups.sum()))
+    minute_of = np.repeat(at, number)
+    # A detector's step is twelve seconds: calls of one step share a second, which changes no answer and costs less.
+    part = np.sort(rng.integers(0, 5, len(minute_of)) + 5 * minute_of)
+    moment = START_S * SECOND_US + part * 12 * SECOND_US + np.arange(len(part)) % 1_000_000
+    log_ms = np.log(800.0) + slower[part // 5] + 0.7 * rng.choice(residual, len(part))
+    ten_windows = int(10 * max(1, np.ceil(calls_min / per_min)))
+    shifts = []
+    for turn, begin in enumerate(range((days[0] + days[1]) * 1_440 + 60, minutes - ten_windows, 300)):
+        kind = ("whole", "tail")[turn % 2]
+        mine = np.flatnonzero((part // 5 >= begin) & (part // 5 < begin + ten_windows))
+        if kind == "tail":
+            mine = mine[rng.random(len(mine)) < 0.12]
+            log_ms[mine] = np.maximum(log_ms[mine], np.log(800.0) + slower[part[mine] // 5])
+            log_ms[mine] += 0.7 * np.quantile(residual, 0.95)
+        log_ms[mine] += np.log(2)
+        edges = [START_S * SECOND_US + edge * MINUTE_US for edge in (begin, begin + ten_windows)]
+        shifts.append((edges[0], edges[1], kind))
+    day_us = 1_440 * MINUTE_US
+    calm = (START_S * SECOND_US + days[0] * day_us, START_S * SECOND_US + (days[0] + days[1]) * day_us)
+    order = np.argsort(moment, kind="stable")
+    return Shifted(calls_of(moment[order], np.exp(log_ms[order])), shifts, calm)
+
+
+def nezha(data: Path) -> tuple[Calls, list[tuple[int, int, str]]]:
+    """Root spans as calls of one model, a microsecond for a millisecond, and its cpu and network faults."""
+    with gzip.open(data / "latency" / "nezha_root_spans.csv.gz", "rt") as opened:
+        rows = [(int(row["StartTimeUnixNano"]) // 1_000, float(row["Duration"])) for row in csv.DictReader(opened)]
+    moment: Ints = np.array([row[0] for row in rows], np.int64)
+    taken: Floats = np.array([row[1] for row in rows])
+    order = np.argsort(moment, kind="stable")
+    faults = []
+    with (data / "latency" / "nezha_faults.csv").open() as opened:
+        for row in csv.DictReader(opened):
+            if row["inject_type"] in {"cpu_contention", "cpu_consumed", "network_delay"}:
+                at = datetime.fromtimestamp(int(row["inject_timestamp"]), UTC)
+                begin = int(at.timestamp()) * SECOND_US
+                faults.append((begin, begin + 5 * MINUTE_US, row["inject_type"]))
+    return calls_of(moment[order], np.maximum(taken[order], 1.0)), faults
