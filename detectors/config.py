@@ -6,9 +6,11 @@
 import base64
 import hashlib
 import re
-from typing import Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from detectors.budget import BUDGET, compiled
 
 OPERATOR_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -115,7 +117,7 @@ class BlockRateConfig(_Table):
     )
     prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed before a key has a history.")
     prior_blocks: float = Field(20.0, gt=0, description="Weight of that assumption, in blocks.")
-    budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and key that the thresholds aim at.")
+    budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and tenant that the thresholds aim at.")
     fresh_s: int = Field(
         3_600, ge=1, description="A user is left out of the many-users stream this long after a block."
     )
@@ -132,6 +134,11 @@ class BlockRateConfig(_Table):
     settle_cold_s: int = Field(60, ge=1, description="The same while the assumed rate outweighs what was learned.")
     adopt_s: int = Field(86_400, ge=60, description="A level that lasted this long becomes the new normal.")
     half_life_s: int = Field(7 * 86_400, ge=60, description="Half-life of the baseline's memory.")
+    again_s: int = Field(300, ge=1, description="A spike is told on while evidence comes within this long.")
+    calm_s: int = Field(
+        3_600, ge=60, description="It is over when its charts were under half their thresholds for so long."
+    )
+    change_s: int = Field(3_600, ge=1, description="A spike that begins this long after a change event names it.")
     top_user_share_max: float = Field(
         0.67, gt=0, le=1, description="A spike with a larger share from one user is left to the probing detector."
     )
@@ -203,15 +210,39 @@ class TokenLengthConfig(_Table):
         0.1, gt=0, lt=0.5, description="Upper share of the distribution to which the tail is fitted."
     )
     half_life_s: int = Field(3_600, ge=60, description="Half-life of a user's evidence.")
+    signal_score: float = Field(
+        0.5, ge=0, le=1, description="Guard score above which a rare completion counts as suspected: then it is High."
+    )
     budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and tenant that the threshold aims at.")
     users_max: int = Field(50_000, ge=1, description="Users with evidence an engine.")
     keys_max: int = Field(4_096, ge=1, description="Buckets (tenant x model x prompt size x limit) an engine.")
+
+
+class CampaignConfig(_Table):
+    """Many users, one prompt family."""
+
+    enabled: bool = True
+    users_min: int = Field(8, ge=3, le=64, description="Blocked users with one family of prompts that are a campaign.")
+    similarity: float = Field(0.25, gt=0, le=1, description="Estimated Jaccard similarity to a family's first prompt.")
+    half_life_s: int = Field(86_400, ge=60, description="Half-life of a user's part in a family.")
+    budget_per_week: float = Field(0.1, gt=0, description="False campaigns a week and tenant that `users_min` aims at.")
+    user_prompts_max: int = Field(
+        8, ge=1, le=64, description="Blocked prompts of a user that one partition passes on within an hour."
+    )
+    passed_max: int = Field(32, ge=1, le=1_024, description="Blocked prompts passed on a second, partition and tenant.")
+    families_max: int = Field(2_000, ge=1, description="Families remembered a tenant; then the longest unseen goes.")
+    tenants_max: int = Field(256, ge=1, description="Tenants an engine.")
+    users_max: int = Field(100_000, ge=1, description="Blocked users counted a partition.")
+    family_users_max: int = Field(512, ge=8, description="Users remembered a family.")
 
 
 class DetectConfig(_Table):
     """`[detect]`."""
 
     enabled: bool = True
+    alert_budget: str = Field(
+        BUDGET, description="False alarms that all detectors aim at together: `1 per week per tenant`."
+    )
     platform_tenant: str = Field(
         "platform", min_length=1, max_length=64, description="Tenant of findings about the pipeline itself."
     )
@@ -233,6 +264,14 @@ class DetectConfig(_Table):
     latency: LatencyConfig = LatencyConfig()
     probing: ProbingConfig = ProbingConfig()
     token_length: TokenLengthConfig = TokenLengthConfig()
+    campaign: CampaignConfig = CampaignConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_compiled(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "alert_budget" not in data:
+            return data
+        return compiled(data, {name: field.default for name, field in cls.model_fields.items()})
 
 
 def config_digest(config: DetectConfig, versions: dict[str, str]) -> str:

@@ -19,8 +19,9 @@ from detectors.finding import EVENT_IDS_MAX, Entity, OffsetRange
 Name = Annotated[str, Meta(max_length=1024)]
 Sample = tuple[int, str]
 """(timestamp in µs, event_id): the order in which samples are chosen."""
-Extreme = tuple[int, int, str, str]
-"""(value, timestamp in µs, entity id, event_id): the largest values of a second, with whose they are."""
+Extreme = tuple[int, int, str, str, int, int]
+"""(value, timestamp in µs, entity id, event_id, guard score in thousandths, 1 where it was cut at its limit): the largest
+values of a second, with whose they are."""
 
 
 EXTREMES_MAX: Final = 8

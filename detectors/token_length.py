@@ -115,7 +115,10 @@ class TokenLengthOne(StageOne):
 
 def _extreme(chunk: Chunk, tokens: Ints, row: int) -> Extreme:
     event = chunk.event(row)
-    return int(tokens[row]), int(chunk.columns.moment_us[row]), actor(event), event.event_id
+    score = max((each.score for each in event.guardrail_results if each.decision != "error"), default=0.0)
+    cut = int(event.finish_reason == "length")
+    moment_us = int(chunk.columns.moment_us[row])
+    return int(tokens[row]), moment_us, actor(event), event.event_id, round(1_000 * score), cut
 
 
 class Tail(Struct):
@@ -157,6 +160,10 @@ class Evidence(Struct):
     count: int = 0
     longest: int = 0
     tokens: int = 0
+    suspected: int = 0
+    """Rare completions whose guard score was above the configured one: the second signal."""
+    cut: int = 0
+    """How many of the last ones, in a row, were cut at their limit."""
     samples: list[Sample] = []
     offsets: dict[int, tuple[int, int]] = {}
 
@@ -209,7 +216,7 @@ class TokenLengthTwo(StageTwo):
         tenant, name, bucket_key = where
         alarms = []
         told: dict[str, Evidence] = {}
-        for tokens, _, user, event_id in cell.extremes:
+        for tokens, _, user, event_id, score_milli, cut in cell.extremes:
             chance = self._chance(model, bucket_key, tokens)
             if chance >= RARE:
                 break
@@ -219,6 +226,8 @@ class TokenLengthTwo(StageTwo):
             if user:
                 gain = min(-math.log(chance / RARE), GAIN_MAX)
                 told[user] = self._add(f"{tenant}\n{name}\n{user}", second, (gain, tokens, event_id), cell)
+                told[user].suspected += score_milli > 1_000 * self._config.signal_score
+                told[user].cut = told[user].cut + 1 if cut else 0
         threshold = self._threshold(model, second)
         for user, evidence in told.items():
             if evidence.sum >= threshold:
@@ -323,6 +332,7 @@ class TokenLengthTwo(StageTwo):
         edge = model.tail.edge if model.tail is not None else 0
         span_s = (evidence.last_us - evidence.start_us) // SECOND_US + 1
         cold = second - model.first_s < ADOPT_S
+        second_signal = f"; guards suspected {evidence.suspected} of them" if evidence.suspected else ""
         return Alarm(
             tenant=tenant,
             entity=actor_entity(user),
@@ -330,8 +340,8 @@ class TokenLengthTwo(StageTwo):
             at_us=(second + 1) * SECOND_US,
             first_seen_us=evidence.start_us,
             last_seen_us=evidence.last_us + SECOND_US,
-            severity="low" if cold else "medium",
-            confidence="low" if cold else "medium",
+            severity="high" if evidence.suspected else "low" if cold else "medium",
+            confidence="low" if cold else "high" if evidence.suspected else "medium",
             statistic=Statistic(
                 name="rare completion lengths",
                 observed=round(evidence.sum, 3),
@@ -346,10 +356,13 @@ class TokenLengthTwo(StageTwo):
                 "longest_tokens": evidence.longest,
                 "usual_p90_tokens": edge,
                 "baseline_completions": total(model.whole),
+                "guard_suspected": evidence.suspected,
+                "cut_at_limit_in_a_row": evidence.cut,
             },
             summary=(
                 f"User {user} got {evidence.count} completions of up to {evidence.longest} tokens in {span_s} s,"
                 f" each rarer than 1 in 1,000; nine in ten of this model's are below {edge} tokens"
+                f"{second_signal}"
             ),
             offsets=evidence.offsets,
             samples=evidence.samples,
@@ -371,7 +384,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[str, Eviden
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=["AML.T0024.002", "AML.T0034.001", "AML.T0057"],
         owasp=["LLM10", "LLM02"],
         runbook=[
