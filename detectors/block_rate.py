@@ -6,17 +6,19 @@ monitoring a proportion when inspecting continuously", J. Quality Technology 31,
   - *fresh*, for spikes by many users: a user does not count for an hour after a block, so that a retried prompt or a
     re-sent conversation is one trial. Without this the independence that a CUSUM assumes is off by a factor of twenty.
   - *distinct*, for spikes by few users: a block counts when its prompt is new, at most eight a user and day.
-Threshold: a CUSUM starts an excursion at each counted block and reaches h with a chance of at most exp(-h), so
-h = ln(rate x requests a week x CUSUMs / false alarms a week). A spike of which one user made more than two thirds is
+Thresholds are peaks over threshold on each chart's own history, from the tenant's budget split over its keys
+(`detectors.block_rate_charts`, which also has the usual rates). A spike of which one user made more than two thirds is
 left to the probing detector. Trials of one second are added at once: their order is not kept over partitions.
+A spike is told once, and again when its evidence has doubled. A change event of the hour before is named: attack or
+rollout.
 
 Cold start. First hour: compares with an assumed rate (2 %), so a tenant whose honest rate is 8 % is told of it. First
-day: the rate is learned, its daily swing is not. First week: no weekly swing. The baseline takes counts ten minutes
-late (one while cold), and none of a suspicious minute, so an attack does not teach it; a level that lasts a day is
-normal.
+day: the rate is learned, its daily swing is not. First week: thresholds come from a formula, not from the tenant's own
+past. A weekly swing is never learned. The baseline takes counts ten minutes late (one while cold), and none while an
+alarm goes on, so an attack does not teach it; a level that lasts a day is normal.
 
 Memory: stage 1, about 400 bytes a user with a block within a day, plus 350 a remembered prompt (at most eight);
-stage 2, about 8 KB a key.
+stage 2, about 16 KB a key: the last 128 seconds with blocks, six charts, counts by hour.
 """
 
 import math
@@ -28,6 +30,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from detectors.block_rate_charts import STREAMS, WEEK_S, Chart, History, cold_threshold, share_of, threshold_of
 from detectors.chunk import Chunk, Groups
 from detectors.columns import Flags, Ints
 from detectors.config import DetectConfig
@@ -42,9 +45,8 @@ from detectors.time import SECOND_US
 NAME: Final = "block_rate"
 SLOTS: Final = 4
 """Guards whose last blocks are told apart, a user."""
-STREAMS: Final = ("fresh", "distinct")
-WEEK_S: Final = 7 * 86_400
-REQUESTS_A_WEEK_MIN: Final = 10_000.0
+ANNOUNCED_MAX: Final = 8
+"""Changes remembered a tenant."""
 RECENT_MAX: Final = 128
 USERS_TOLD_MAX: Final = 256
 MANY_USERS: Final = 0.45
@@ -168,17 +170,6 @@ class BlockRateOne(StageOne):
         self._users.load(_users_decoder.decode(raw))
 
 
-class Chart(Struct):
-    """One CUSUM."""
-
-    stream: str
-    ratio: float
-    sum: float = 0.0
-    start_s: int = 0
-    requests: int = 0
-    """Seen since the sum was last zero."""
-
-
 class Minute(Struct):
     """Counts that wait until they are old enough for the baseline: requests and blocks of all, fresh, distinct."""
 
@@ -203,14 +194,28 @@ class KeyState(Struct):
 
     first_s: int
     charts: list[Chart]
+    usual: History
+    suspect: History
+    """Of suspicious minutes since `suspect_since_s`."""
+    rates: dict[str, float] = {}
+    """The usual rate of each stream in `hour`, as long as nothing settles."""
+    hour: int = -1
     requests: int = 0
-    settled: dict[str, float] = {}
-    settled_minute: int = 0
-    suspect: dict[str, float] = {}
-    """Counts of suspicious minutes since `suspect_since_s`."""
     suspect_since_s: int | None = None
+    alarming_s: int | None = None
+    """Since an alarm: when a chart was last over half its threshold."""
+    raised_s: int = 0
     waiting: list[Minute] = []
     recent: list[Blocks] = []
+
+
+class Announced(Struct, frozen=True):
+    """A change of guard, model, adapter or template that a collector told of."""
+
+    second: int
+    subject: str
+    before: str
+    after: str
 
 
 class BlockRateTwo(StageTwo):
@@ -220,6 +225,10 @@ class BlockRateTwo(StageTwo):
         self._config = config.block_rate
         self._contributors_max = config.contributors_max
         self._keys: dict[str, KeyState] = {}
+        self._keys_of: dict[str, int] = {}
+        self._guards: dict[str, History] = {}
+        """Of a tenant's guard over all models, to which a sparse key is shrunk."""
+        self._announced: dict[str, list[Announced]] = {}
         self._refused_keys = 0
 
     @property
@@ -229,63 +238,89 @@ class BlockRateTwo(StageTwo):
     def second(self, second: int, cells: list[tuple[str, str, Cell]]) -> list[Alarm]:
         alarms = []
         for tenant, key, cell in cells:
-            state = self._state(f"{tenant}\n{key}", second)
+            state = self._state(tenant, key, second)
             if state is not None:
                 alarm = self._step(state, second, tenant, key, cell)
                 alarms += [alarm] if alarm is not None else []
         return alarms
 
-    def _state(self, name: str, second: int) -> KeyState | None:
+    def signal(self, signal: Signal) -> list[Alarm]:
+        """A change event. At most eight a tenant are remembered, and so many tenants as there may be keys."""
+        told = Announced(signal.second, *signal.key.split("\n")[:3])
+        if signal.tenant in self._announced or len(self._announced) < self._config.keys_max:
+            known = self._announced.get(signal.tenant, [])
+            fresh = [each for each in known if (each.subject, each.after) != (told.subject, told.after)]
+            self._announced[signal.tenant] = [*fresh, told][-ANNOUNCED_MAX:]
+        return []
+
+    def _state(self, tenant: str, key: str, second: int) -> KeyState | None:
+        name = f"{tenant}\n{key}"
         state = self._keys.get(name)
         if state is None:
             if len(self._keys) >= self._config.keys_max:
                 self._refused_keys += 1
                 return None
             charts = [Chart(stream, ratio) for stream in STREAMS for ratio in self._config.ratios]
-            state = self._keys[name] = KeyState(first_s=second, charts=charts)
+            state = self._keys[name] = KeyState(second, charts, History.new(), History.new())
+            self._keys_of[tenant] = self._keys_of.get(tenant, 0) + 1
         return state
 
     def _step(self, state: KeyState, second: int, tenant: str, key: str, cell: Cell) -> Alarm | None:
         counts = cell.counts
-        self._settle(state, second)
+        self._settle(state, second, self._guard(tenant, key))
         state.requests += counts["requests"]
         if counts.get("blocks"):
             blocked = first(cell.weights["blocked"], self._contributors_max)
             counted = first(cell.weights.get("counted", {}), self._contributors_max)
             state.recent.append(Blocks(second, counts["blocks"], blocked, counted, cell.samples, cell.offsets))
             del state.recent[:-RECENT_MAX]
-        worst: tuple[float, Chart] | None = None
-        suspicious = False
+        if second // 3_600 != state.hour or not (state.rates or state.charts[0].maxima):
+            self._turn(state, second, tenant)
+        if not state.rates:
+            guard, prior, weight = self._guard(tenant, key), self._config.prior_rate, self._config.prior_blocks
+            for stream in STREAMS:
+                pooled = guard.streams[stream].overall(prior, weight)
+                state.rates[stream] = state.usual.streams[stream].at(state.hour % 24, pooled, weight)
         for chart in state.charts:
-            threshold = self._threshold(state, chart.stream, second)
-            self._add(state, chart, second, counts, threshold)
-            suspicious = suspicious or chart.sum >= threshold / 2
-            crossed = chart.sum >= threshold and counts.get(f"{chart.stream}_blocks", 0) > 0
-            if crossed and (worst is None or chart.sum / threshold > worst[0]) and self._shared(state, chart):
-                worst = chart.sum / threshold, chart
-        self._wait(state, second, counts, suspicious=suspicious)
-        return None if worst is None else self._alarm(state, worst[1], second, tenant, key)
+            trials, blocks = counts.get(f"{chart.stream}_trials", 0), counts.get(f"{chart.stream}_blocks", 0)
+            chart.add(second, trials, blocks, counts["requests"], state.rates[chart.stream])
+        worst = self._crossed(state, counts)
+        told = worst is not None and self._to_tell(state, worst, second)
+        self._wait(state, second, counts, suspicious=state.alarming_s is not None)
+        return self._alarm(state, worst, second, tenant, key) if told and worst is not None else None
 
-    def _add(self, state: KeyState, chart: Chart, second: int, counts: dict[str, int], threshold: float) -> None:
-        trials, blocks = counts.get(f"{chart.stream}_trials", 0), counts.get(f"{chart.stream}_blocks", 0)
-        if chart.sum <= 0:
-            chart.start_s, chart.requests = second, 0
-        chart.requests += counts["requests"]
-        rate = self._rate(state, chart.stream)
-        shifted = min(chart.ratio * rate, 0.9)
-        gain = blocks * math.log(shifted / rate) + (trials - blocks) * math.log((1 - shifted) / (1 - rate))
-        chart.sum = min(max(0.0, chart.sum + gain), 1.5 * threshold)
+    def _crossed(self, state: KeyState, counts: dict[str, int]) -> Chart | None:
+        """The chart furthest over its threshold, if a block of this second put it there and no user is alone."""
+        over = [
+            chart
+            for chart in state.charts
+            if chart.sum >= chart.threshold and counts.get(f"{chart.stream}_blocks") and self._shared(state, chart)
+        ]
+        return max(over, key=lambda chart: chart.sum / chart.threshold) if over else None
 
-    def _rate(self, state: KeyState, stream: str) -> float:
-        """The usual rate: settled counts, shrunk to the assumed one."""
-        blocks = state.settled.get(f"{stream}_blocks", 0.0) + self._config.prior_blocks
-        trials = state.settled.get(f"{stream}_trials", 0.0) + self._config.prior_blocks / self._config.prior_rate
-        return min(max(blocks / trials, 1e-5), 0.5)
+    def _to_tell(self, state: KeyState, chart: Chart, second: int) -> bool:
+        """A spike is told while evidence comes, and again when it has doubled; not whenever a chart is still high."""
+        new = state.alarming_s is None or second - state.raised_s < self._config.again_s
+        if new or chart.sum >= 2 * chart.threshold:
+            state.raised_s = state.alarming_s = second
+            return True
+        return False
 
-    def _threshold(self, state: KeyState, stream: str, second: int) -> float:
-        a_week = max(state.requests / max(second - state.first_s + 1, 60) * WEEK_S, REQUESTS_A_WEEK_MIN)
-        charts = len(STREAMS) * len(self._config.ratios)
-        return max(math.log(self._rate(state, stream) * a_week * charts / self._config.budget_per_week), 3.0)
+    def _turn(self, state: KeyState, second: int, tenant: str) -> None:
+        """Once an hour, on the first day each minute: the hour's usual rate, and thresholds from the charts' own past."""
+        state.hour, state.rates = second // 3_600, {}
+        per_week = share_of(self._config.budget_per_week, self._keys_of[tenant], len(state.charts))
+        a_week = state.requests / max(second - state.first_s + 1, 60) * WEEK_S
+        cold = cold_threshold(self._config.prior_rate, a_week, per_week)
+        for chart in state.charts:
+            chart.turn(second)
+            chart.threshold = threshold_of(chart.maxima, cold, per_week)
+
+    def _guard(self, tenant: str, key: str) -> History:
+        name = f"{tenant}\n{key.partition(chr(10))[2]}"
+        if name not in self._guards:
+            self._guards[name] = History.new()
+        return self._guards[name]
 
     def _shared(self, state: KeyState, chart: Chart) -> bool:
         """Whether the spike is more than one user's."""
@@ -293,6 +328,11 @@ class BlockRateTwo(StageTwo):
         return max(counted.values(), default=0) <= self._config.top_user_share_max * sum(counted.values())
 
     def _wait(self, state: KeyState, second: int, counts: dict[str, int], *, suspicious: bool) -> None:
+        if suspicious:
+            if any(chart.sum >= chart.threshold / 2 for chart in state.charts):
+                state.alarming_s = second
+            elif state.alarming_s is not None and second - state.alarming_s >= self._config.calm_s:
+                state.alarming_s = None
         minute = second // 60
         if not state.waiting or state.waiting[-1].minute != minute:
             state.waiting.append(Minute(minute, {}))
@@ -301,48 +341,40 @@ class BlockRateTwo(StageTwo):
         for name, count in counts.items():
             waiting.counts[name] = waiting.counts.get(name, 0) + count
 
-    def _settle(self, state: KeyState, second: int) -> None:
-        """Minutes that are old enough enter the baseline, unless something was going on in them."""
-        config = self._config
-        while state.waiting:
-            settle_s = config.settle_cold_s if self._cold(state) else config.settle_s
-            waiting = state.waiting[0]
-            if (waiting.minute + 1) * 60 > second - settle_s:
-                return
-            state.waiting.pop(0)
+    def _settle(self, state: KeyState, second: int, guard: History) -> None:
+        """Minutes that are old enough enter the baseline, unless an alarm was going on in them."""
+        settle_s = self._config.settle_cold_s if self._cold(state) else self._config.settle_s
+        while state.waiting and (state.waiting[0].minute + 1) * 60 <= second - settle_s:
+            waiting = state.waiting.pop(0)
+            state.rates = {}
             if waiting.suspicious:
                 self._doubt(state, waiting)
                 continue
-            state.suspect, state.suspect_since_s = {}, None
-            age_s = (waiting.minute - state.settled_minute) * 60 if state.settled else 0
-            fade = 0.5 ** (age_s / self._config.half_life_s)
-            state.settled_minute = waiting.minute
-            state.settled = {name: value * fade for name, value in state.settled.items()}
-            for name, count in waiting.counts.items():
-                state.settled[name] = state.settled.get(name, 0.0) + count
+            state.suspect, state.suspect_since_s = History.new(), None
+            state.usual.add(waiting.minute, waiting.counts, self._config.half_life_s)
+            guard.add(waiting.minute, waiting.counts, self._config.half_life_s)
 
     def _doubt(self, state: KeyState, waiting: Minute) -> None:
         """A suspicious minute is set aside; when nothing else came for a day, what was set aside is the new normal."""
         if state.suspect_since_s is None:
             state.suspect_since_s = waiting.minute * 60
-        for name, count in waiting.counts.items():
-            state.suspect[name] = state.suspect.get(name, 0.0) + count
+        state.suspect.add(waiting.minute, waiting.counts, self._config.half_life_s)
         if waiting.minute * 60 - state.suspect_since_s >= self._config.adopt_s:
-            state.settled, state.settled_minute = state.suspect, waiting.minute
-            state.suspect, state.suspect_since_s = {}, None
+            state.usual, state.suspect, state.suspect_since_s = state.suspect, History.new(), None
+            state.alarming_s = None
             for chart in state.charts:
                 chart.sum = 0.0
 
     def _cold(self, state: KeyState) -> bool:
         """Whether the assumed rate still outweighs what was learned."""
-        return state.settled.get("requests", 0.0) < self._config.prior_blocks / self._config.prior_rate
+        return state.usual.trials() < self._config.prior_blocks / self._config.prior_rate
 
     def _alarm(self, state: KeyState, chart: Chart, second: int, tenant: str, key: str) -> Alarm:
         model, _, guard = key.partition("\n")
         recent = [blocks for blocks in state.recent if blocks.second >= chart.start_s]
         blocked = _since(recent, chart.start_s, "blocked")
         blocks = sum(seen.blocks for seen in recent)
-        usual = self._rate(state, chart.stream)
+        usual = state.rates[chart.stream]
         observed = blocks / max(chart.requests, blocks)
         many = _effective(_since(recent, chart.start_s, "counted")) >= MANY_USERS
         span_s = second - chart.start_s + 1
@@ -350,8 +382,8 @@ class BlockRateTwo(StageTwo):
         for seen in recent:
             merge_offsets(offsets, seen.offsets)
         samples = earliest(sample for seen in recent for sample in seen.samples)
-        threshold = self._threshold(state, chart.stream, second)
         cold = self._cold(state)
+        change = self._change(tenant, samples[0][0] // SECOND_US, second)
         severity: Severity = "high" if many and blocks >= 20 else "medium"
         users = f"{len(blocked)} users" if len(blocked) != 1 else "1 user"
         return Alarm(
@@ -367,7 +399,7 @@ class BlockRateTwo(StageTwo):
                 name=f"CUSUM of {chart.stream} blocks, {chart.ratio:g} times",
                 observed=round(chart.sum, 3),
                 baseline=0.0,
-                threshold=round(threshold, 3),
+                threshold=round(chart.threshold, 3),
                 unit="nats",
                 improbability=round(chart.sum / math.log(10), 2),
             ),
@@ -380,7 +412,7 @@ class BlockRateTwo(StageTwo):
             summary=(
                 f"Guard {guard} blocked {blocks} of {chart.requests} requests in {span_s} s,"
                 f" {observed / usual:.1f} times the {'assumed' if cold else 'usual'} {100 * usual:.1f} %,"
-                f" by {users} ({'many' if many else 'few'} users)"
+                f" by {users}{change} ({'many' if many else 'few'} users)"
             ),
             offsets=offsets,
             samples=samples,
@@ -388,11 +420,22 @@ class BlockRateTwo(StageTwo):
             cold_start="Fewer than 1,000 settled requests: compared with an assumed block rate." if cold else "",
         )
 
+    def _change(self, tenant: str, first_s: int, second: int) -> str:
+        """What changed last in the hour before the spike or in it, for the summary."""
+        known = [*self._announced.get(tenant, []), *self._announced.get("", [])]
+        near = [each for each in known if first_s - self._config.change_s <= each.second <= second]
+        if not near:
+            return ""
+        last = max(near, key=lambda each: (each.second, each.subject, each.after))
+        how = f" from {last.before} to {last.after}" if last.before and last.after else ""
+        return f", after a change of {last.subject}{how}: suspect the rollout"
+
     def snapshot(self) -> bytes:
-        return _encoder.encode((self._keys, self._refused_keys))
+        return _encoder.encode((self._keys, self._keys_of, self._guards, self._announced, self._refused_keys))
 
     def restore(self, raw: bytes) -> None:
-        self._keys, self._refused_keys = _keys_decoder.decode(raw)
+        state = _keys_decoder.decode(raw)
+        self._keys, self._keys_of, self._guards, self._announced, self._refused_keys = state
 
 
 def _since(recent: list[Blocks], start_s: int, name: str) -> dict[str, int]:
@@ -417,12 +460,14 @@ def _effective(counted: dict[str, int]) -> float:
 _encoder = msgspec.msgpack.Encoder()
 _Users: TypeAlias = Dump[str, Blocked]
 _users_decoder = msgspec.msgpack.Decoder(_Users)
-_keys_decoder = msgspec.msgpack.Decoder(tuple[dict[str, KeyState], int])
+_keys_decoder = msgspec.msgpack.Decoder(
+    tuple[dict[str, KeyState], dict[str, int], dict[str, History], dict[str, list[Announced]], int]
+)
 
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=["AML.T0051.000", "AML.T0054"],
         owasp=["LLM01"],
         runbook=[

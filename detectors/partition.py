@@ -18,6 +18,7 @@ from msgspec import Struct
 from collector.event import (
     AnyRecord,
     AuditEvent,
+    Change,
     Goodbye,
     Hello,
     Rejection,
@@ -32,8 +33,9 @@ from detectors.columns import Columns, Ints, columns_of, joined, paired, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
 from detectors.detector import Detector, line_of, printable
+from detectors.finding import Entity
 from detectors.registry import Registry
-from detectors.rollup import Marker, Partial, Rollup
+from detectors.rollup import Marker, Partial, Rollup, Signal
 from detectors.runs import Run
 from detectors.snapshot import SNAPSHOT_VERSION, BadSnapshot, check
 from detectors.time import NEVER, SECOND_US, ClockState, Flag, PartitionClock
@@ -42,7 +44,9 @@ log = structlog.get_logger(__name__)
 
 PIECE_RECORDS: Final = 1_024
 """Decoded at a time: few enough to stay in the processor's cache until they are columns."""
-SPECIAL: Final = (Hello, Goodbye, Tick)
+SPECIAL: Final = (Hello, Goodbye, Tick, Change)
+TOLD_OF_CHANGES: Final = ("block_rate",)
+"""Detectors whose second half is sent change events, as signals."""
 EVENTS: Final = frozenset((AuditEvent, Rejection))
 
 
@@ -61,6 +65,7 @@ class _PartitionState(Struct, array_like=True):
     waiting: list[tuple[int, int, bytes]]
     """(offset, moment, event as JSON)."""
     failures: dict[str, int]
+    changes: list[Signal] = []
 
 
 @dataclass(slots=True)
@@ -104,6 +109,7 @@ class PartitionEngine:
         self._coverage = CoverageOne(config, partition)
         self._waiting: list[Columns] = []
         self._ready: list[Rollup] = []
+        self._changes: list[Signal] = []
         self._told_through: int | None = None
         """The rollups made so far go through this second."""
         self._taken_through: int | None = None
@@ -212,12 +218,43 @@ class PartitionEngine:
         if flag == "taken" and isinstance(record, AuditEvent):
             moment_us = np.array([timestamp_us(record.timestamp)], np.int64)
             self._waiting.append(columns_of([record], [raw], np.array([offset]), moment_us, self._reads))
+        if flag == "control" and isinstance(record, Change):
+            self._changes += self._changed(record, offset, before)
         for trouble in self._clock.troubles():
             self._coverage.trouble(trouble)
         closed = self._clock.state.closed_through
         if closed is not None and closed != before:
             self._closed(closed)
         return flag
+
+    def _changed(self, change: Change, offset: int, closed_through: int | None) -> list[Signal]:
+        """A change event for stage 2, told when its second closes; of one that is closed already, the next."""
+        moment_us = timestamp_us(change.timestamp)
+        second = moment_us // SECOND_US
+        if closed_through is not None:
+            second = max(second, closed_through + 1)
+        names = (change.subject, change.before, change.after)
+        return [
+            Signal(
+                partition=self._partition,
+                second=second,
+                tenant=cleaned(change.tenant),
+                kind=detector,
+                key="\n".join(map(cleaned, names)),
+                entity=Entity(kind="collector", id=change.collector_id),
+                model="",
+                first_seen_us=moment_us,
+                last_seen_us=moment_us,
+                observed_milli=0,
+                baseline_milli=0,
+                counts={},
+                samples=[(moment_us, change.event_id)],
+                first_offset=offset,
+                last_offset=offset,
+            )
+            for detector in TOLD_OF_CHANGES
+            if detector in self._halves
+        ]
 
     def _closed(self, through: int) -> None:
         """What the lanes did wrong is told under the second that closed next, so it can't wait for `take`."""
@@ -238,13 +275,18 @@ class PartitionEngine:
         if through is None or through == self._told_through:
             return
         self._told_through = through
-        if not self._waiting:
-            return
-        columns = joined(self._waiting)
-        due = columns.moment_us < (through + 1) * SECOND_US
-        self._waiting = [] if due.all() else [picked(columns, np.flatnonzero(~due))]
-        if due.any():
-            self._tell(in_order(columns, np.flatnonzero(due)))
+        begin = len(self._ready)
+        due_changes = [signal for signal in self._changes if signal.second <= through]
+        self._ready.extend(due_changes)
+        self._changes = [signal for signal in self._changes if signal.second > through]
+        if self._waiting:
+            columns = joined(self._waiting)
+            due = columns.moment_us < (through + 1) * SECOND_US
+            self._waiting = [] if due.all() else [picked(columns, np.flatnonzero(~due))]
+            if due.any():
+                self._tell(in_order(columns, np.flatnonzero(due)))
+        if due_changes:
+            self._ready[begin:] = sorted(self._ready[begin:], key=_place)
 
     def _tell(self, columns: Columns) -> None:
         if self._registry.sure_of_room(len(columns)):
@@ -290,6 +332,7 @@ class PartitionEngine:
                 for row in zip(piece.offset.tolist(), piece.moment_us.tolist(), piece.raws, strict=True)
             ],
             failures=self._failures,
+            changes=self._changes,
         )
         return _encoder.encode(state)
 
@@ -306,7 +349,7 @@ class PartitionEngine:
         self._clock.restore(state.clock)
         self._registry.load(state.registry)
         self._coverage.restore(state.coverage)
-        self._ready, self._failures = state.ready, state.failures
+        self._ready, self._failures, self._changes = state.ready, state.failures, state.changes
         for name, half in self._halves.items():
             if name in state.halves:
                 half.restore(state.halves[name])
@@ -315,6 +358,15 @@ class PartitionEngine:
             offsets, moments, raws = zip(*state.waiting, strict=True)
             events = [event for event in decode_all(raws)[0] if isinstance(event, AuditEvent)]
             self._waiting = [columns_of(events, list(raws), np.array(offsets), np.array(moments), self._reads)]
+
+
+def cleaned(name: str) -> str:
+    """The name without characters that break a line."""
+    return (
+        name
+        if name.isprintable()
+        else "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in name)
+    )
 
 
 def _moments(records: Sequence[AnyRecord]) -> Ints:

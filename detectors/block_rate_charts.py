@@ -1,0 +1,149 @@
+"""What block_rate knows of one tenant x model x guard: usual rates by the hour of the day, charts, thresholds.
+
+Usual rate: blocks over trials, by hour of the day with its neighbours at half weight, shrunk to that of the whole day,
+which is shrunk to that of the same guard over all models of the tenant, and this to an assumed one, each with a weight
+in blocks (the mean of a beta posterior). Counts fade with a half-life of a week.
+
+Threshold: peaks over threshold. Of each chart the largest value of every six hours is kept for sixty days; what
+exceeds their 80 % quantile u has an exponential tail of mean m (J. Pickands, "Statistical inference using extreme order
+statistics", Ann. Statist. 3, 1975; the exponential is the limit with shape 0), so h = u + m ln(peaks a week / budget).
+That needs no independence of trials: the history clusters as the future will. m is shrunk to that of a CUSUM on
+clustered trials. In the first week h = ln(assumed rate x requests a week) + 1.
+
+Memory: about 6 KB a key: six charts of 240 maxima at most, and 96 counts.
+"""
+
+import math
+from typing import Final
+
+from msgspec import Struct
+
+DAY_S: Final = 86_400
+WEEK_S: Final = 7 * DAY_S
+SLOT_S: Final = 6 * 3_600
+SLOTS_A_WEEK: Final = WEEK_S // SLOT_S
+MAXIMA_MAX: Final = 240
+QUANTILE: Final = 0.8
+TAIL_MEAN: Final = 1.3
+"""Mean excess over u assumed of a chart, in nats: 1 would be independence."""
+TAIL_WEIGHT: Final = 5.0
+THRESHOLD_MIN: Final = 3.0
+REQUESTS_A_WEEK_MIN: Final = 10_000.0
+STREAMS: Final = ("fresh", "distinct")
+ALIKE: Final = 1.5
+"""So many charts cross together as one: six charts share the budget as four would."""
+
+
+class Counts(Struct):
+    """Trials and blocks of a stream by hour of the day."""
+
+    trials: list[float]
+    blocks: list[float]
+
+    @classmethod
+    def none(cls) -> "Counts":
+        return cls([0.0] * 24, [0.0] * 24)
+
+    def add(self, hour: int, trials: int, blocks: int) -> None:
+        self.trials[hour] += trials
+        self.blocks[hour] += blocks
+
+    def fade(self, factor: float) -> None:
+        self.trials = [value * factor for value in self.trials]
+        self.blocks = [value * factor for value in self.blocks]
+
+    def overall(self, prior: float, weight: float) -> float:
+        """The rate of the whole day."""
+        return (sum(self.blocks) + weight) / (sum(self.trials) + weight / prior)
+
+    def at(self, hour: int, prior: float, weight: float) -> float:
+        """The usual rate at an hour, `prior` weighing as so many blocks."""
+        around = (hour, 1.0), ((hour - 1) % 24, 0.5), ((hour + 1) % 24, 0.5)
+        blocks = sum(self.blocks[place] * share for place, share in around)
+        trials = sum(self.trials[place] * share for place, share in around)
+        rate = (blocks + weight) / (trials + weight / self.overall(prior, weight))
+        return min(max(rate, 1e-5), 0.5)
+
+
+class History(Struct):
+    """Counts of each stream, faded day by day."""
+
+    day: int
+    streams: dict[str, Counts]
+
+    @classmethod
+    def new(cls) -> "History":
+        return cls(0, {stream: Counts.none() for stream in STREAMS})
+
+    def add(self, minute: int, counts: dict[str, int], half_life_s: int) -> None:
+        """One minute's counts. Minutes come in order, or a little late from another model."""
+        day = minute // 1_440
+        if day > self.day:
+            factor = 0.5 ** ((day - self.day) * DAY_S / half_life_s) if self.day else 1.0
+            for known in self.streams.values():
+                known.fade(factor)
+            self.day = day
+        for stream, known in self.streams.items():
+            known.add(minute // 60 % 24, counts.get(f"{stream}_trials", 0), counts.get(f"{stream}_blocks", 0))
+
+    def trials(self) -> float:
+        """Of the first stream: how much was learned."""
+        return sum(self.streams["fresh"].trials)
+
+
+class Chart(Struct):
+    """One CUSUM, and its largest value of each past slot of six hours."""
+
+    stream: str
+    ratio: float
+    sum: float = 0.0
+    start_s: int = 0
+    requests: int = 0
+    """Seen since the sum was last zero."""
+    threshold: float = THRESHOLD_MIN
+    slot: int = 0
+    top: float = 0.0
+    maxima: list[float] = []
+
+    def turn(self, second: int) -> None:
+        """Puts the maxima of slots that are over to the others; slots without traffic are zero."""
+        slot = second // SLOT_S
+        if slot == self.slot:
+            return
+        if self.slot:
+            gap = min(slot - self.slot - 1, MAXIMA_MAX)
+            self.maxima = [*self.maxima, self.top, *([0.0] * gap)][-MAXIMA_MAX:]
+        self.slot, self.top = slot, self.sum
+
+    def add(self, second: int, trials: int, blocks: int, requests: int, rate: float) -> None:
+        """One second's trials at a usual rate."""
+        if self.sum <= 0:
+            self.start_s, self.requests = second, 0
+        self.requests += requests
+        shifted = min(self.ratio * rate, 0.9)
+        gain = blocks * math.log(shifted / rate) + (trials - blocks) * math.log((1 - shifted) / (1 - rate))
+        self.sum = min(max(0.0, self.sum + gain), 2 * self.threshold)
+        self.top = max(self.top, self.sum)
+
+
+def threshold_of(maxima: list[float], cold: float, per_week: float) -> float:
+    """h such that peaks over it come `per_week` times a week, in nats; `cold` before there is a week of maxima."""
+    if len(maxima) < SLOTS_A_WEEK:
+        return max(cold, THRESHOLD_MIN)
+    ranked = sorted(maxima)
+    over = ranked[int(QUANTILE * (len(ranked) - 1))]
+    excess = [value - over for value in ranked if value > over]
+    mean = (sum(excess) + TAIL_WEIGHT * TAIL_MEAN) / (len(excess) + TAIL_WEIGHT)
+    peaks_a_week = max(len(excess), 1) / len(maxima) * SLOTS_A_WEEK
+    return max(over + mean * math.log(max(peaks_a_week / per_week, 1.0)), THRESHOLD_MIN)
+
+
+def cold_threshold(assumed_rate: float, requests_a_week: float, per_week: float) -> float:
+    """h before there is a history: ln(rate x requests a week) + 1 for half an alarm a week over a tenant's charts."""
+    charts = 4.0
+    return math.log(assumed_rate * max(requests_a_week, REQUESTS_A_WEEK_MIN)) + 1 - math.log(per_week * charts / 0.5)
+
+
+def share_of(budget_per_week: float, keys: int, charts: int) -> float:
+    """False alarms a week that one chart of a tenant with so many keys may give."""
+    return budget_per_week / max(keys, 1) / max(charts / ALIKE, 1.0)
