@@ -83,8 +83,12 @@ def background(
     elapsed = np.cumsum(np.exp(rng.normal(np.log(40), 1, len(session))))
     at_s = begin[session] + elapsed - elapsed[np.repeat(np.cumsum(turns) - turns, turns)]
     user = owner[session]
-    propensity = rng.gamma(0.5, 2, users)[user] * _of_day(rng, users, days)[user, np.minimum(at_s // DAY_S, days).astype(int)]
-    swing = (1 + 0.4 * np.sin(2 * np.pi * at_s / DAY_S)) * np.exp(_drift(rng, days)[(at_s // 3600).astype(int).clip(0, days * 24)])
+    propensity = (
+        rng.gamma(0.5, 2, users)[user] * _of_day(rng, users, days)[user, np.minimum(at_s // DAY_S, days).astype(int)]
+    )
+    swing = (1 + 0.4 * np.sin(2 * np.pi * at_s / DAY_S)) * np.exp(
+        _drift(rng, days)[(at_s // 3600).astype(int).clip(0, days * 24)]
+    )
     blocked = _sticky(rng, propensity * swing, session, block_rate * (0.8 if retried else 1.0))
     if retried:
         which = np.flatnonzero(blocked)

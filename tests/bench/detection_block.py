@@ -93,9 +93,7 @@ def tenant_of(number: int, seed: int, rate: Floats, config: DetectConfig, *, day
                 continue
             saved = pipe.saved()
             for kind, (ratio, few) in KINDS.items():
-                stretch = shifted(
-                    requests.cut(end, end + SHIFT_REQUESTS), rng, block_rate=usual, ratio=ratio, few=few
-                )
+                stretch = shifted(requests.cut(end, end + SHIFT_REQUESTS), rng, block_rate=usual, ratio=ratio, few=few)
                 result.shifts.append(
                     found(Pipe(config, saved), Writer(writer.number, writer.last), stretch)
                     | {"kind": kind, "unit": usual * (ratio - 1)}
