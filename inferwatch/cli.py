@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from datetime import datetime
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,13 @@ app.command()(findings_cli.maintenance)
 app.command()(findings_cli.change)
 
 MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
+
+
+class Source(StrEnum):
+    """Where a backtest reads events."""
+
+    kafka = "kafka"
+    store = "store"
 
 
 @app.command()
@@ -129,7 +137,8 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def backtest(
+def backtest(  # noqa: PLR0917  # the options of the command line
+    source: Annotated[Source, typer.Option(help="Where the events are read: Kafka, or the store.")] = Source.kafka,
     detector: Annotated[str, typer.Option(help="Only findings of this detector.")] = "",
     tenant: Annotated[str, typer.Option(help="Only findings of this tenant.")] = "",
     begin: Annotated[
@@ -138,13 +147,15 @@ def backtest(
     end: Annotated[datetime | None, typer.Option("--to", help="Only revisions until, UTC.", formats=MOMENTS)] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Judge the events on Kafka again and print the same findings, one JSON object a line.
+    """Judge the events on Kafka, or in the store, again and print the same findings, one JSON object a line.
 
     Example: inferwatch backtest --detector probing --from 2026-01-31T10:00:00Z --to 2026-01-31T11:00:00Z
     """
     from inferwatch.roles import print_backtest  # noqa: PLC0415
 
-    asyncio.run(print_backtest(load(config), detector=detector, tenant=tenant, begin=begin, end=end))
+    asyncio.run(
+        print_backtest(load(config), source=source.value, detector=detector, tenant=tenant, begin=begin, end=end)
+    )
 
 
 @config_app.command("check")

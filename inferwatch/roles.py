@@ -5,8 +5,8 @@ Here the rooms meet: the store process is ingest (streams), the read-only face (
 
 import asyncio
 import sys
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, closing
 from datetime import UTC, datetime
 
 import orjson
@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from collector.event import timestamp_us
-from collector.kafka import wait_for_broker
+from collector.kafka import BrokerAway, ensure_topics, wait_for_broker
 from dashboards.view import make_view, serve_view
-from detectors.finding import encode
+from detectors.finding import Finding, encode
 from inferwatch.config import Config
 from inferwatch.processes import write_run_file
-from sinks.clickhouse.clients import folder_of
+from sinks.clickhouse.clients import DATABASE, StoreInUse, clients_of, folder_of
 from sinks.clickhouse.face import Face
 from sinks.clickhouse.store import Store, open_store
-from streams.backtest import backtest
+from sinks.config import StoreConfig
+from streams.backtest import backtest, commands_of
+from streams.backtest_store import backtest_store
 from streams.deliver import run_deliver as deliver_findings
 from streams.health import Health
 from streams.ingest import Ingest
@@ -103,16 +105,47 @@ async def _serve_store(config: Config, store: Store, stop: asyncio.Event) -> Non
 
 
 async def print_backtest(
-    config: Config, *, detector: str, tenant: str, begin: datetime | None, end: datetime | None
+    config: Config, *, source: str, detector: str, tenant: str, begin: datetime | None, end: datetime | None
 ) -> None:
     """The revisions that match, as the stages wrote them: byte for byte, one a line."""
     begin_us = timestamp_us(begin.replace(tzinfo=UTC)) if begin else 0
     end_us = timestamp_us(end.replace(tzinfo=UTC)) if end else None
-    async for finding in backtest(config.kafka, config.detect, timeout_s=config.streams.broker_timeout_s):
+    if source == "store":
+        again = _from_store(config, end_us)
+    else:
+        again = backtest(config.kafka, config.detect, timeout_s=config.streams.broker_timeout_s)
+    async for finding in again:
         asked = detector in ("", finding.detector) and tenant in ("", finding.tenant)
         if asked and begin_us <= finding.updated_us and (end_us is None or finding.updated_us <= end_us):
             sys.stdout.buffer.write(encode(finding) + b"\n")
     sys.stdout.buffer.flush()
+
+
+def reading_store(config: StoreConfig) -> Store:
+    """The store for reading; where its own process has chDB's folder, over that one's HTTP face."""
+    try:
+        return Store(config, clients_of(config))
+    except StoreInUse:
+        url = f"http://{config.face.user}@{config.face.host}:{config.face.port}/{DATABASE}"
+        over_http = config.model_copy(update={"url": url, "password_file": config.face.password_file})
+        return Store(over_http, clients_of(over_http))
+
+
+async def _from_store(config: Config, end_us: int | None) -> AsyncIterator[Finding]:
+    """The store's events, and the commands of people where a broker answers that has them."""
+    topic, partitions = config.kafka.topic("events"), config.kafka.count("events")
+    try:
+        await wait_for_broker(config.kafka, config.streams.broker_timeout_s)
+        partitions = (await ensure_topics(config.kafka))[topic]
+        commands = await commands_of(config.kafka)
+    except BrokerAway as away:
+        log.warning("judged without the commands of people", why=str(away))
+        commands = []
+    with closing(reading_store(config.store)) as store:
+        for finding in backtest_store(
+            store.query, config.detect, topic=topic, partitions=partitions, commands=commands, end_us=end_us
+        ):
+            yield finding
 
 
 async def print_status(config: Config, *, as_json: bool) -> int:

@@ -1,4 +1,5 @@
 """`inferwatch backtest`: judges the events on Kafka again, in one process, and gives the same findings, byte for byte.
+From the store: `backtest_store.py`.
 
 Promise (a) of docs/time.md made use of: the engines are those of the stages, fed from the first offset that Kafka still
 has, since what a detector says depends on all it has seen. Reads only; memory as both stages together. Where retention
@@ -35,7 +36,7 @@ async def backtest(kafka: KafkaConfig, detect: DetectConfig, *, timeout_s: float
     engines = [PartitionEngine(detect, topic=topic, partition=p, partitions=partitions) for p in range(partitions)]
     shards = [EventShard(engine, rollup_partitions=1) for engine in engines]
     merged = TenantEngine(detect, partition=0, partitions=partitions)
-    commands, through = await _commands(kafka), dict[int, int]()
+    commands, through = deque(await commands_of(kafka)), dict[int, int]()
     async for record in read_topic(kafka, "events"):
         shards[record.partition].observe([record])  # what it refuses has its dead letter since stage 1 met it
         for rollup in engines[record.partition].take():
@@ -50,10 +51,10 @@ async def backtest(kafka: KafkaConfig, detect: DetectConfig, *, timeout_s: float
             yield finding
 
 
-async def _commands(kafka: KafkaConfig) -> deque[Command]:
+async def commands_of(kafka: KafkaConfig) -> list[Command]:
     """All that is on iw.commands, in order of append time."""
     found = [
         Command(record.partition, record.offset, record.timestamp, record.value or b"")
         async for record in read_topic(kafka, "commands")
     ]
-    return deque(sorted(found, key=lambda command: (command.append_ms, command.partition, command.offset)))
+    return sorted(found, key=lambda command: (command.append_ms, command.partition, command.offset))
