@@ -45,8 +45,6 @@ HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02
 PAST_S: Final = 86_400
 """Age from which a key's own past is judged by."""
-REST: Final = 100
-"""Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
 
 
 class LatencyOne(StageOne):
@@ -94,7 +92,6 @@ class LatencyTwo(StageTwo):
         """The step that seconds go into now; the same for all keys."""
         steps_a_week = WEEK_S / self._step_s
         self._chance_ln = math.log(self._config.budget_per_week / steps_a_week)
-        self._unusual = math.log10(steps_a_week / STEPS * len(STATISTICS) / self._config.budget_per_week)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -186,12 +183,16 @@ class LatencyTwo(StageTwo):
             index * self._step_s // 3_600 % 168,
             math.log1p(calls / minutes),
         )
-        if not found or index * self._step_s - state.first_s < PAST_S:
+        age_s = index * self._step_s - state.first_s
+        if not found or age_s < PAST_S:
             return None
-        statistic = max(found, key=lambda name: found[name])
-        if not state.spot.tells(found[statistic], self._unusual, REST):
+        windows_a_week = state.spot.windows * WEEK_S / age_s
+        needed = math.log10(windows_a_week * len(STATISTICS) / self._config.budget_per_week)
+        told = [name for name in found if state.spot.tells(name, found[name], needed)]
+        if not told:
             return None
-        return unusual_alarm(state, where, window, (statistic, found[statistic], self._unusual), self._config)
+        statistic = max(told, key=lambda name: found[name])
+        return unusual_alarm(state, where, window, (statistic, found[statistic], needed), self._config)
 
     def _window(self, state: KeyState, end: int) -> Judgement | None:
         """The shortest window that ends with step `end` and has enough calls to judge; None where there is none."""

@@ -20,7 +20,7 @@ Name = Annotated[str, Meta(max_length=1024)]
 Sample = tuple[int, str]
 """(timestamp in µs, event_id): the order in which samples are chosen."""
 Extreme = tuple[int, int, str, str, int, int]
-"""(value, timestamp in µs, entity id, event_id, guard score in thousandths, 1 where it was cut at its limit): the largest
+"""(value, timestamp in µs, entity id, event_id, guard score in thousandths, 1 where cut at its limit): the largest
 values of a second, with whose they are."""
 
 

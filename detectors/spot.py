@@ -32,6 +32,10 @@ GAIN: Final = 0.4
 LOAD_BINS: Final = 24
 HOURS: Final = 24
 WEEK_HOURS: Final = 168
+REST: Final = 100
+"""Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
+REST_SUDDEN: Final = 20
+SUDDEN: Final = ("jump", "tail")
 STATISTICS: Final = ("level", "jump", "tail", "mean", "drift")
 
 
@@ -147,20 +151,19 @@ class Spot(Struct):
     fast: float = 0.0
     drift: float = 0.0
     tails: dict[str, Tail] = {}
-    told_at: int = -1_000_000
-    """The last window that was improbable enough, and how improbable the last that was told was."""
-    told: float = 0.0
+    last: dict[str, tuple[int, float]] = {}
+    """Of sudden and of lasting changes: the last window that was improbable enough, and the last told -log10 p."""
 
-    def tells(self, found: float, needed: float, rest: int) -> bool:
+    def tells(self, statistic: str, found: float, needed: float) -> bool:
         """Whether the window just judged is to be told: once an episode, and again where it is half as bad again."""
         if found < needed:
             return False
-        again = self.windows - self.told_at < rest
-        self.told_at = self.windows
-        if again and found < 1.5 * self.told:
-            return False
-        self.told = found
-        return True
+        family = "sudden" if statistic in SUDDEN else "lasting"
+        at, told = self.last.get(family, (-REST, 0.0))
+        again = self.windows - at < (REST_SUDDEN if family == "sudden" else REST)
+        tells = not again or found >= 1.5 * told
+        self.last[family] = (self.windows, found if tells else told)
+        return tells
 
     def judge(self, y: float, y_high: float | None, hour: int, load: float) -> dict[str, float]:
         """-log10 p of each statistic; empty while warm. `y_high` is of the 95th percentile where there are enough."""
@@ -183,5 +186,5 @@ class Spot(Struct):
         return told if self.windows > WARM and strongest else {}
 
 
-GUARD: Final = 6.0
+GUARD: Final = 4.0
 """What is less probable is kept out of the past."""
