@@ -20,10 +20,9 @@ from dashboards.view import make_view, serve_view
 from detectors.finding import Finding, encode
 from inferwatch.config import Config
 from inferwatch.processes import write_run_file
-from sinks.clickhouse.clients import DATABASE, StoreInUse, clients_of, folder_of
+from sinks.clickhouse.clients import clients_of, folder_of
 from sinks.clickhouse.face import Face
 from sinks.clickhouse.store import Store, open_store
-from sinks.config import StoreConfig
 from streams.backtest import backtest, commands_of
 from streams.backtest_store import backtest_store
 from streams.deliver import run_deliver as deliver_findings
@@ -121,18 +120,11 @@ async def print_backtest(
     sys.stdout.buffer.flush()
 
 
-def reading_store(config: StoreConfig) -> Store:
-    """The store for reading; where its own process has chDB's folder, over that one's HTTP face."""
-    try:
-        return Store(config, clients_of(config))
-    except StoreInUse:
-        url = f"http://{config.face.user}@{config.face.host}:{config.face.port}/{DATABASE}"
-        over_http = config.model_copy(update={"url": url, "password_file": config.face.password_file})
-        return Store(over_http, clients_of(over_http))
-
-
 async def _from_store(config: Config, end_us: int | None) -> AsyncIterator[Finding]:
-    """The store's events, and the commands of people where a broker answers that has them."""
+    """The store's events, and the commands of people where a broker answers that has them.
+
+    Raises `StoreInUse` where chDB's own process runs: it allows no other.
+    """
     topic, partitions = config.kafka.topic("events"), config.kafka.count("events")
     try:
         await wait_for_broker(config.kafka, config.streams.broker_timeout_s)
@@ -141,7 +133,7 @@ async def _from_store(config: Config, end_us: int | None) -> AsyncIterator[Findi
     except BrokerAway as away:
         log.warning("judged without the commands of people", why=str(away))
         commands = []
-    with closing(reading_store(config.store)) as store:
+    with closing(Store(config.store, clients_of(config.store))) as store:
         for finding in backtest_store(
             store.query, config.detect, topic=topic, partitions=partitions, commands=commands, end_us=end_us
         ):

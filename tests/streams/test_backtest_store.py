@@ -1,5 +1,10 @@
 """The backtest from the store: events that went through Kafka and chDB give the stages' findings, byte for byte."""
 
+import asyncio
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +80,40 @@ def _after(found: Sequence[bytes], wanted: set[bytes]) -> list[Finding]:
     """Revisions later than the last one that the log itself leads to."""
     last_us = max(decode_finding(raw).updated_us for raw in wanted)
     return [each for each in map(decode_finding, found) if each.updated_us > last_us]
+
+
+async def test_the_command_in_a_finding_reads_the_store(
+    kafka_config: KafkaConfig, store: Store, tmp_path: Path
+) -> None:
+    """With `--source store`: it prints the finding, byte for byte."""
+    await ensure_topics(kafka_config)
+    detect = DetectConfig()
+    start_us = time.time_ns() // 1000 - 900 * traffic.SECOND_US
+    await traffic.send(kafka_config, traffic.spike(12, PARTITIONS, start_us))
+    log = await traffic.read(kafka_config, kafka_config.topic("events"), PARTITIONS)
+    wanted = [decode_finding(raw) for raw in traffic.expected(kafka_config, detect, log).findings.values()]
+    last = next(each for each in wanted if each.detector == "block_rate")
+    store.insert_events(list(stored(log, detect)), token="iw.events:all")
+    store.close()
+    environment = {
+        **os.environ,
+        "INFERWATCH_KAFKA__BOOTSTRAP_SERVERS": kafka_config.bootstrap_servers,
+        "INFERWATCH_KAFKA__TOPIC_PREFIX": kafka_config.topic_prefix,
+        "INFERWATCH_STORE__URL": f"chdb://{tmp_path}/store",
+    }
+    program, *arguments = shlex.split(last.evidence.replay)
+    assert program == "inferwatch"
+    answer = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "inferwatch.cli", *arguments, "--source", "store"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-2_000:]
+    assert encode(last) in answer.stdout.splitlines()
 
 
 def test_an_empty_store_gives_nothing() -> None:
