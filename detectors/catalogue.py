@@ -1,13 +1,20 @@
 """All detectors, in order of name. A new one is added here and nowhere else."""
 
-from detectors import block_rate, coverage, latency, probing, token_length
+from detectors import block_rate, campaign, coverage, latency, probing, token_length
 from detectors.config import DetectConfig
 from detectors.detector import Card, Detector
 
 
 def detectors() -> tuple[Detector, ...]:
     """Every detector there is."""
-    return (block_rate.DETECTOR, coverage.DETECTOR, latency.DETECTOR, probing.DETECTOR, token_length.DETECTOR)
+    return (
+        block_rate.DETECTOR,
+        campaign.DETECTOR,
+        coverage.DETECTOR,
+        latency.DETECTOR,
+        probing.DETECTOR,
+        token_length.DETECTOR,
+    )
 
 
 def enabled(config: DetectConfig) -> list[Detector]:

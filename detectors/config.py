@@ -178,7 +178,7 @@ class ProbingConfig(_Table):
     slow_half_life_s: int = Field(
         10 * 86_400, ge=60, description="Half-life of the evidence against a user who tries for weeks."
     )
-    slow_factor: float = Field(1.3, ge=1, le=4, description="Evidence of that kind is told from so many thresholds.")
+    slow_factor: float = Field(2.0, ge=1, le=4, description="Evidence of that kind is told from so many thresholds.")
     swing: float = Field(
         1.5, ge=1, le=4, description="How many times its usual block rate a client has on a day of honest work."
     )
@@ -224,8 +224,8 @@ class CampaignConfig(_Table):
     enabled: bool = True
     users_min: int = Field(8, ge=3, le=64, description="Blocked users with one family of prompts that are a campaign.")
     similarity: float = Field(0.25, gt=0, le=1, description="Estimated Jaccard similarity to a family's first prompt.")
-    half_life_s: int = Field(86_400, ge=60, description="Half-life of a user's part in a family.")
-    budget_per_week: float = Field(0.1, gt=0, description="False campaigns a week and tenant that `users_min` aims at.")
+    window_s: int = Field(86_400, ge=60, description="Users of a family are counted over so long.")
+    again_s: int = Field(300, ge=1, description="A campaign is told on while prompts of it come within this long.")
     user_prompts_max: int = Field(
         8, ge=1, le=64, description="Blocked prompts of a user that one partition passes on within an hour."
     )

@@ -10,7 +10,7 @@ import csv
 import gzip
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -198,3 +198,11 @@ def pieces(requests: Requests, cuts: list[int]) -> Iterator[tuple[int, Requests]
         if end > begin:
             yield end, requests.cut(begin, end)
         begin = end
+
+
+def sketched(writer: Writer, at_s: Floats, users: Ints, sketches: Sequence[str]) -> tuple[list[bytes], Ints, Ints]:
+    """Blocked requests in order of time, with the MinHash of each."""
+    flags = np.ones(len(at_s), bool)
+    raws, append_ms, offsets = writer.records(Requests(at_s, users, flags, ~flags))
+    told = [raw[:-1] + f',"minhash":"{sketch}"}}'.encode() for raw, sketch in zip(raws, sketches, strict=True)]
+    return told, append_ms, offsets

@@ -9,7 +9,8 @@ DEMO = ("block_rate", "latency", "probing", "token_length")
 def four_campaigns(
     seed: int, *, calm_s: float = 60, which: str = "brlt", span_s: float = 12, rate: float = 7.0
 ) -> Traffic:
-    """`which`: b a burst of blocked prompts, r a probing session, l a latency attack, t long completions."""
+    """`which`: b a burst of blocked prompts, r a probing session, l a latency attack, t long completions,
+    d one prompt's variants by many users."""
     traffic = Traffic(seed, rate=rate)
     now_s = calm_s
     traffic.calm(0, now_s)
@@ -19,6 +20,8 @@ def four_campaigns(
             traffic.block_burst(now_s, span_s)
         elif campaign == "r":
             traffic.probe(now_s, span_s)
+        elif campaign == "d":
+            traffic.spread(now_s, span_s)
         elif campaign == "l":
             traffic.heavy(now_s, span_s)
         else:

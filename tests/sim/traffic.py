@@ -109,6 +109,14 @@ class Traffic:
             at_s = begin_s + span_s * (number + self.rng.random()) / prompts
             self.one(at_s, user, 40, 32, 20, blocked=self.rng.random() < hit, shingles=shingles, session=7)
 
+    def spread(self, begin_s: float, span_s: float = 12, users: int = 30) -> None:
+        """Each user is blocked with his own variant of one prompt of sixty shingles, twenty of them replaced."""
+        for number in range(users):
+            shingles = {7 * 10**9 + step for step in self.rng.sample(range(60), 40)}
+            shingles |= {8 * 10**9 + number * 100 + step for step in range(20)}
+            at_s = begin_s + span_s * (number + self.rng.random()) / users
+            self.one(at_s, 500 + number, 40, 32, 0, blocked=True, shingles=shingles)
+
     def heavy(self, begin_s: float, span_s: float = 12, rate: float = 4.0, users: int = 2, slow: float = 5.0) -> None:
         """Heavy prompts by two users; calm traffic meanwhile must be made with the same `slow`."""
         now_s = begin_s
