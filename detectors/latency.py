@@ -11,12 +11,17 @@ most the budget per step (Chernoff; two calls weigh as one, since calls of a win
 of sd .12 a doubling is 5.8 standard deviations: the size of the effect decides, not the p-value. Windows slide by a
 fifth.
 
+Beside it every window is compared with this key's own past by peaks over threshold (`detectors/spot.py`): hour of the
+week, load, five statistics sharing the budget. That finds a doubling that the noise hides from the rule above, smaller
+changes, and calls that became faster. The finding says which part grew (queue, reading, generation), whether one user's
+heavy requests or a load peak fits, and which statistic spoke.
+
 Baseline: past steps, two windows late, none of a slow window; halved when full. A level that lasts a day is normal.
 
 Cold start. Nothing in the first five windows. First day: no daily swing is known, so a daily load peak that doubles the
-median is told. First week: no weekly swing.
+median is told; nothing is judged against the past. First week: no weekly swing.
 
-Memory: a key holds at most 120 steps and 128 strata, about 300 KB when busy.
+Memory: a key holds at most 120 steps and 128 strata, about 300 KB when busy, and 8 KB of its past.
 """
 
 import math

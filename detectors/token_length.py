@@ -7,7 +7,9 @@ one in the bucket's size. A completion rarer than 1 in 1,000 is evidence of -ln(
 never enough; each completion of the user costs .01, and evidence halves in an hour. For exponential gains at that rate
 and cost a CUSUM reaches h with a chance of exp(-.9 h), so h = ln(completions a week / 1000 / false alarms a week) / .9.
 Lengths within a conversation go together (Spearman .62), so p-values are capped, not multiplied out. The finding is
-never more than medium on its own: length alone finds half of the attacks at a precision of .6 (prevalence .1 %).
+never more than medium on its own: length alone finds half of the attacks at a precision of .6 (prevalence .1 %). It is
+high where a guard scored one of the rare completions above `signal_score`: the second signal, told by stage 1 with the
+longest. How many of the last ones in a row were cut at their limit (finish_reason=length) is told too.
 
 Cold start. Nothing before 100 completions of the model. First day: a new kind of honest work with long answers is told
 once, and learned a day later. Long only; many users with one long completion each are not seen.

@@ -1,7 +1,7 @@
 """Completion lengths on the deployed path: long answers injected into Azure's and Mooncake's real ones.
 
-Real: prompt and completion lengths and their times. Injected: users with long answers (median 900 tokens, log-normal, sd
-.4, at most the longest of the trace), .1 % of the users of the second half; and a guard that suspects half of the
+Real: prompt and completion lengths and their times. Injected: users with long answers (median 900 tokens, log-normal,
+sd .4, at most the longest of the trace), .1 % of the users of the second half; and a guard that suspects half of the
 injected answers and 1 % of the others. Azure names no users: a client is ten requests in turn. Mooncake's are its
 conversations, rebuilt from shared prefix blocks; an injected one has ten turns, six in ten of them long. The first half
 of a trace is learned and not scored. What is counted is users, since a finding names one; by single completions the
@@ -75,12 +75,13 @@ def injected(trace: tuple[Ints, Ints, Ints, Ints], long_share: float, rng: np.ra
         length = np.where(long, np.minimum(length, answer.max()), answer[like])
         suspect = np.where(rng.random(TURNS) < np.where(long, HIT, FALSE_HIT), 0.9, 0.1)
         pieces.append((moment[at] + 1, prompt[like], length, np.full(TURNS, ATTACKER + number), suspect))
-    moment, prompt, answer, user, score = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    moment, prompt, answer, user = (np.concatenate([piece[place] for piece in pieces]) for place in range(4))
+    scores: Floats = np.concatenate([piece[4] for piece in pieces])
     order = np.lexsort((user, moment))
     order = order[answer[order] > 0]
-    latency_ms: Floats = 200.0 + 10.0 * answer
+    latency_ms = (200 + 10 * answer).astype(np.float64)
     moment = moment[order] + np.arange(len(order))
-    fields = {"response_tokens": answer, "prompt_tokens": prompt, "user": user, "score": score}
+    fields = {"response_tokens": answer, "prompt_tokens": prompt, "user": user, "score": scores}
     return calls_of(moment, latency_ms[order], **{name: values[order] for name, values in fields.items()})
 
 

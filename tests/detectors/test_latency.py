@@ -1,0 +1,65 @@
+"""What a latency finding says of its cause, and changes that are told against a model's own past."""
+
+import math
+
+import numpy as np
+import pytest
+
+from detectors.config import DetectConfig
+from detectors.finding import Finding
+from tests.bench.detection_pipe import SECOND_US, Floats, calls_of, passed
+
+START_US = 1_800_000_000 * SECOND_US
+CONFIG = DetectConfig.model_validate(
+    {name: {"enabled": False} for name in ("block_rate", "probing", "token_length")}
+    | {"latency": {"window_s": 5, "min_calls": 20}}
+)
+CALLS, SLOW_FROM = 1_200, 900
+
+
+def told(queue_ms: float, reading_ms: float, generation_ms: float, heavy_users: int) -> Finding:
+    """Two minutes at ten a second; in the last quarter each part takes longer, `heavy_users` sending most tokens."""
+    rng = np.random.default_rng(1)
+    slow = np.arange(CALLS) >= SLOW_FROM
+    noise: Floats = rng.lognormal(0, 0.1, CALLS)
+    queue = (2 + slow * queue_ms) * noise
+    ttft = queue + (50 + slow * reading_ms) * noise
+    latency = ttft + (150 + slow * generation_ms) * noise
+    user = np.where(slow & (rng.random(CALLS) < 0.7), rng.integers(0, heavy_users, CALLS), 100 + np.arange(CALLS) % 40)
+    moment = START_US + np.arange(CALLS) * SECOND_US // 10
+    return passed(calls_of(moment, latency, ttft_ms=ttft, queue_ms=queue, user=user), CONFIG)[0]
+
+
+@pytest.mark.parametrize(
+    ("grown", "heavy_users", "cause"),
+    [
+        ((900, 0, 0), 1, "one user's heavy requests, perhaps meant to exhaust the model"),
+        ((900, 0, 0), 50, "a load peak of many users"),
+        ((0, 900, 0), 50, "longer inputs of many users"),
+        ((0, 0, 900), 1, "a slow model or host"),
+    ],
+)
+def test_a_finding_says_what_it_looks_like(grown: tuple[float, float, float], heavy_users: int, cause: str) -> None:
+    """Queue, reading and generation apart; one user with most of the prompt tokens is named as the cause of a queue."""
+    found = told(*grown, heavy_users)
+    assert found.summary.endswith(f"it looks like {cause}")
+
+
+def test_half_of_a_doubling_is_told_after_two_days_of_its_own_past() -> None:
+    """Half as slow again: no doubling, so only the past shows it; the finding says which statistic, at low severity."""
+    rng = np.random.default_rng(2)
+    per_window, windows = 20, 2 * 288 + 10
+    at = np.repeat(np.arange(windows), per_window)
+    moment = START_US + (at * 300 + 240) * SECOND_US + np.arange(len(at))
+    latency = 400 * rng.lognormal(0, 0.2, len(at)) * np.where(at >= 2 * 288, 1.5, 1.0)
+    config = CONFIG.model_copy(
+        update={"latency": CONFIG.latency.model_copy(update={"window_s": 300, "min_calls": per_window})}
+    )
+    found = [
+        each for each in passed(calls_of(moment, latency), config) if each.first_seen_us > START_US + 86_400_000_000
+    ]
+    late = [each for each in found if each.first_seen_us >= START_US + 2 * 86_400 * SECOND_US]
+    assert late[0].severity == "low"
+    assert late[0].statistic.name.startswith("peaks over threshold: ")
+    assert late[0].statistic.improbability > late[0].statistic.threshold > math.log10(2_016)
+    assert late[0].cold_start.startswith("Less than a week")
