@@ -4,10 +4,10 @@ Method. A one-sided CUSUM of log-likelihood ratios on *distinct* prompts: how mu
 a client of whom three in ten are blocked than from this client as it was before the run began? A prompt that the user
 sent before (equal digest, or MinHash similarity of at least .95) weighs nothing, so a retried or re-sent prompt is no
 evidence. Evidence fades with a half-life of 24 h, so one an hour still adds up; against a user also with one of ten
-days, told from a higher bar, for who tries for weeks. A client with a long past may be blocked half as often again as
-usual before it counts. What goes on for 20 h is learned as usual. Threshold 11.7: 0.01 % of honest sessions in the
-simulation of `tests/bench/detection_probing.py`. Sources: E. S. Page, Biometrika 41, 1954; A. Wald, "Sequential
-Analysis", 1947.
+days, told from twice the bar, for who tries for weeks. A client with a long past may be blocked half as often again as
+usual before it counts. What goes on for 20 h is learned as usual, and half of the evidence goes.
+Threshold: 0.01 % of honest sessions in the simulation of `tests/bench/detection_probing.py`. Sources: E. S. Page,
+Biometrika 41, 1954; A. Wald, "Sequential Analysis", 1947.
 
 A session is told first; its user only when no session of his is told, that is, when he spreads it over sessions.
 Without blocks there is no evidence: a guard that stops nothing lets this detector see nothing. Pace and guard scores
@@ -159,6 +159,7 @@ class ProbingOne(StageOne):
             taken = Taken(int(columns.moment_us[row]), chunk.event(row), int(columns.offset[row]))
             if taken.moment_us - client.usual_us >= LEARN_US:
                 client.usual_us = taken.moment_us
+                self._learn(client)
                 client.usual = (before[0] + prompts[who], before[1] + blocks[who])
             new, told = self._suspect(client, taken, client.usual, chunk.partition)
             if new:
@@ -175,6 +176,12 @@ class ProbingOne(StageOne):
             whose = np.fromiter(counted, np.int64, len(counted))
             column.values[whose] += np.fromiter(counted.values(), np.uint32, len(counted))
         return list(signals.values())
+
+    def _learn(self, client: Client) -> None:
+        """Half of the evidence stays: it was against a client as he was known before."""
+        for suspicion in (client.whole, *client.sessions.values()):
+            if suspicion is not None:
+                suspicion.sum /= 2
 
     def _suspect(
         self, client: Client, taken: Taken, past: tuple[int, int], partition: int

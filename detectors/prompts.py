@@ -5,14 +5,18 @@ standard error of sqrt(J (1 - J) / slots), .03 at J = .95 and 64 slots. Source: 
 containment of documents", SEQUENCES 1997. The sketch is keyed, so it says nothing without the tenant's key.
 """
 
-import base64
 import binascii
+import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Final
 
 import numpy as np
 from msgspec import Struct
 
 from collector.event import AuditEvent
+
+SLOT_BYTES: Final = 4
 
 
 class Prompt(Struct, frozen=True, array_like=True):
@@ -29,7 +33,7 @@ def prompt_of(event: AuditEvent) -> Prompt:
     sketch = b""
     if event.minhash:
         try:
-            sketch = base64.b64decode(event.minhash, validate=True)
+            sketch = binascii.a2b_base64(event.minhash, strict_mode=True)
         except (binascii.Error, ValueError):
             sketch = b""
     return Prompt(event.turn_hash or event.prompt_hash, sketch if len(sketch) % 4 == 0 else b"")
@@ -39,9 +43,19 @@ def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
     """Whether `prompt` is one of `known`: equal digests, or sketches of one size with similarity of at least `same`."""
     if prompt.digest and any(prompt.digest == other.digest for other in known):
         return True
-    alike = [other.sketch for other in known if prompt.sketch and len(other.sketch) == len(prompt.sketch)]
-    if not alike:
+    sketch = prompt.sketch
+    size = len(sketch) // SLOT_BYTES
+    # With so many slots that may differ, one of one more parts is the same to the byte: seldom, so most end here.
+    parts = size - math.ceil(same * size) + 1
+    cuts = [SLOT_BYTES * (size * part // parts) for part in range(parts + 1)]
+    alike = [
+        other.sketch
+        for other in known
+        if len(other.sketch) == len(sketch)
+        and any(other.sketch[begin:end] == sketch[begin:end] for begin, end in pairwise(cuts))
+    ]
+    if not alike or not sketch:
         return False
-    slots = np.frombuffer(prompt.sketch, "<u4")
+    slots = np.frombuffer(sketch, "<u4")
     equal = np.count_nonzero(np.frombuffer(b"".join(alike), "<u4").reshape(len(alike), -1) == slots, axis=1)
     return bool(equal.max() >= same * len(slots))

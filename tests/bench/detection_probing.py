@@ -18,10 +18,10 @@ import numpy as np
 
 from detectors.config import DetectConfig
 from tests.bench.probing_clients import DAY_S, NOVEL, Client, population, probing
-from tests.bench.probing_log import SECOND_US, START_S, Passed, moments_us, passed, user_of
+from tests.bench.probing_log import SECOND_US, START_S, Passed, moments_us, only_probing, passed, user_of
 
 DAYS: Final = 10
-CLIENTS: Final = 8_000
+CLIENTS: Final = 5_000
 ATTACKS: Final = 100
 SHARES: Final = {"0.01 %": 1e-4, "0.1 %": 1e-3}
 GUARDS: Final = (0.66, 0.3, 0.1)
@@ -38,7 +38,7 @@ ABLATIONS: Final[dict[str, dict[str, Any]]] = {
     "all signals": {},
     "no past of the client's own": {"prior_prompts": 1e12},
     "no fading": {"half_life_s": 10**9, "slow_half_life_s": 10**9},
-    "no slow evidence": {"slow_factor": 4.0},
+    "slow evidence told as soon as the rest": {"slow_factor": 1.0},
     "no allowance for swings": {"swing": 1.0},
     "no higher bar for strangers": {"stranger_extra": 0.0},
 }
@@ -67,9 +67,8 @@ class Told(NamedTuple):
 
 def config_of(**probing_settings: Any) -> DetectConfig:
     """Only this detector; a lane may be silent for long, since simulated traffic is thin."""
-    others = {name: {"enabled": False} for name in ("block_rate", "latency", "token_length")}
     settings = {"probing": probing_settings, "time": {"silence_max_ms": 86_400_000}}
-    return DetectConfig.model_validate(others | settings)
+    return DetectConfig.model_validate(only_probing() | settings)
 
 
 def attacks_of(number: int, seed: int, guards: Sequence[float] = GUARDS) -> list[Attack]:
@@ -139,6 +138,7 @@ def of_signals(out: Passed) -> list[Told]:
     return [
         Told(each.entity.id.partition("/")[0], each.last_seen_us, each.observed_milli / each.counts["bar_milli"])
         for each in out.signals
+        if each.kind == "probing"
     ]
 
 
@@ -251,7 +251,7 @@ def curves(
 
 
 def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:  # every part is given the data
-    """All figures. Eight thousand honest clients for ten days are 2.6 million events; with `quick` a hundred."""
+    """All figures. Five thousand honest clients for ten days are 1.6 million events; with `quick` a hundred."""
     clients, number = (100, 1) if quick else (CLIENTS, ATTACKS)
     calm = population(clients, DAYS, seed + 1_000)
     told, ever, honest, _ = floor_run(calm, [], {})
@@ -269,7 +269,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:  # every p
         },
         "at": {name: scored(fresh, attacks, threshold_for(share, chosen, total)) for name, share in SHARES.items()},
     }
-    few, some = (clients, 1) if quick else (clients // 2, max(number // 2, 1))
+    few, some = (clients, 1) if quick else (3 * clients // 5, max(number // 2, 1))
     other, tries = population(few, DAYS, seed + 3_000), attacks_of(some, seed + 4_000, GUARDS[:1])
     figures["ablations"] = ablations(other, tries)
     both = attacks_of(some, seed + 5_000, GUARDS[:2])
