@@ -12,7 +12,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from inferwatch import deadletter_cli, findings_cli, topics_cli
+from inferwatch import budget_cli, deadletter_cli, findings_cli, topics_cli
 from inferwatch.config import Config, describe, load
 from inferwatch.options import ConfigOption, JsonOption
 
@@ -23,6 +23,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make keys.")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(budget_cli.app, name="budget")
 app.add_typer(deadletter_cli.app, name="deadletter")
 app.add_typer(topics_cli.app, name="topics")
 app.add_typer(findings_cli.app, name="finding")
