@@ -49,8 +49,8 @@ ANNOUNCED_MAX: Final = 8
 """Changes remembered a tenant."""
 RECENT_MAX: Final = 128
 USERS_TOLD_MAX: Final = 256
-MANY_USERS: Final = 0.45
-"""Effective users per counted block from which a spike is by many; .45 was right in nine of ten simulated spikes."""
+MANY_USERS: Final = 0.7
+"""Effective users per counted block from which a spike is by many; .7 was right in eight of ten simulated spikes."""
 
 
 class Blocked(Struct):

@@ -8,14 +8,14 @@ commonest value among its last sixteen members: variants of one prompt differ in
 sketch of the prompt that they were made from, and families whose sketches meet are joined. A sketch is compared to all
 families at once, 64 numbers each: with two thousand of them that is quicker than bands, and misses none.
 
-Told from eight users within a day on, and only from five standard deviations (Poisson) above what the family is used to.
+Told from eight users within a day on, and only from five standard deviations (Poisson) over what the family is used to.
 
 Order: requests are taken in order of (timestamp, event_id), whatever the partitions. At most `user_prompts_max`
 different prompts a user and hour are passed on, which no layout changes; above `passed_max` a second, partition and
 tenant the rest is counted and left out, and only then could another layout say something else.
 
-Cold start. First day: asks for twice as many users, since a form letter that the guard has always blocked looks like a
-campaign. First week: a family's usual number of users is still low, so such a letter may be told. Then: all it has.
+Cold start. First three days: asks for twice as many users, since a form letter that the guard has always blocked looks
+like a campaign. First week: a family's usual number of users is still low, so such a letter may be told. Then: all it has.
 
 Memory: stage 1, about 200 bytes a user blocked within an hour; stage 2, about 0.6 KB a lone prompt, at most 4 KB and
 100 bytes a user of a family. What a crash loses: nothing.
@@ -45,7 +45,7 @@ NAME: Final = "campaign"
 SKETCH_BYTES: Final = 256
 SLOTS: Final = SKETCH_BYTES // 4
 MEMBERS_MAX: Final = 16
-JOINED: Final = 0.5
+JOINED: Final = 0.42
 """Similarity of two families' sketches from which they are one."""
 HOUR_US: Final = 3_600 * SECOND_US
 DAY_US: Final = 24 * HOUR_US
@@ -177,6 +177,10 @@ class Families:
         best = int(equal.argmax())
         return best if equal[best] >= similarity * SLOTS else None
 
+    def alike(self, row: int, other: int) -> float:
+        """Estimated similarity of two families."""
+        return float((self._matrix[row] == self._matrix[other]).mean())
+
     def put(self, row: int, family: Family) -> None:
         """At a row, or after the last."""
         if row == len(self.families):
@@ -229,12 +233,23 @@ class CampaignTwo(StageTwo):
         family = known.families[row]
         self._take(family, sketch, signal)
         known.put(row, family)
-        other = known.nearest(family.sketch, JOINED, apart=row) if family.prompts > 1 else None
+        other = self._like(known, row) if family.prompts > 1 else None
         if other is not None:
             family = _together(family, known.families[other], self._config.family_users_max)
             known.put(min(row, other), family)
             known.remove(max(row, other))
         return self._judged(family, signal, known.since_us)
+
+    def _like(self, known: Families, row: int) -> int | None:
+        """The family that this one is joined to: one with nearly its sketch, or a similar one, if either was told.
+
+        Variants far from each other begin families of their own, which grow while the campaign lasts."""
+        family = known.families[row]
+        other = known.nearest(family.sketch, self._config.similarity, apart=row)
+        if other is None or known.alike(row, other) >= JOINED:
+            return other
+        told_s = max(family.raised_s, known.families[other].raised_s)
+        return other if family.last_us // SECOND_US - told_s < self._config.window_s else None
 
     def _take(self, family: Family, sketch: bytes, signal: Signal) -> None:
         """One more prompt of the family."""
@@ -251,8 +266,8 @@ class CampaignTwo(StageTwo):
         usual = self._usual(family, signal.last_seen_us, since_us)
         users = len(family.users)
         wanted = max(float(self._config.users_min), usual + SPREAD * math.sqrt(usual + 1))
-        if signal.last_seen_us - since_us < NEW_US:
-            wanted *= 2
+        new = signal.last_seen_us - since_us < NEW_US
+        wanted *= 2 if new else 1
         if users < wanted:
             family.told = min(family.told, users)
             return []
@@ -261,7 +276,7 @@ class CampaignTwo(StageTwo):
             return []
         family.told = users if anew else family.told
         family.raised_s = signal.second
-        return [self._alarm(family, signal, wanted, usual)]
+        return [self._alarm(family, signal, wanted, usual, new=new)]
 
     def _usual(self, family: Family, now_us: int, since_us: int) -> float:
         """Users of before the last day go into the family's past; returns how many a day are usual."""
@@ -273,9 +288,9 @@ class CampaignTwo(StageTwo):
         family.past_us = now_us
         learned = now_us - since_us - self._config.window_s * SECOND_US
         faded_days = (1 - 0.5 ** (max(learned, DAY_US) / PAST_HALF_LIFE_US)) * PAST_HALF_LIFE_US / math.log(2) / DAY_US
-        return family.past / faded_days
+        return float(family.past / faded_days)
 
-    def _alarm(self, family: Family, signal: Signal, wanted: float, usual: float) -> Alarm:
+    def _alarm(self, family: Family, signal: Signal, wanted: float, usual: float, *, new: bool) -> Alarm:
         users = len(family.users)
         at_us = (signal.second + 1) * SECOND_US
         span_s = (at_us - family.first_us) // SECOND_US
@@ -288,7 +303,7 @@ class CampaignTwo(StageTwo):
             first_seen_us=family.first_us,
             last_seen_us=at_us,
             severity="high" if users >= 2 * wanted else "medium",
-            confidence="high",
+            confidence="medium" if new else "high",
             statistic=Statistic(
                 name="users blocked with one family of prompts",
                 observed=float(users),
@@ -303,6 +318,7 @@ class CampaignTwo(StageTwo):
             ),
             offsets=dict(family.offsets),
             samples=family.samples,
+            cold_start="The tenant's first three days: twice as many users are asked for." if new else "",
             contributors=contributors(dict.fromkeys(family.users, 1), "users", CONTRIBUTORS_MAX),
         )
 

@@ -1,0 +1,68 @@
+"""Campaigns: one prompt family by many users is told once; what only looks like one is not."""
+
+import random
+
+from detectors.campaign import MEMBERS_MAX, commonest, sketch_of
+from detectors.finding import Finding
+from tests.detectors.test_demo import CONFIG
+from tests.sim.layout import Layout, lay_out
+from tests.sim.pipe import run
+from tests.sim.traffic import Traffic, sketch
+
+
+def campaigns(traffic: Traffic, partitions: int = 4) -> list[Finding]:
+    layout = Layout(partitions=partitions, heartbeat_ms=1_000)
+    return [each for each in run(lay_out(traffic.events, layout), CONFIG).findings if each.detector == "campaign"]
+
+
+def test_variants_of_one_prompt_by_thirty_users_are_one_finding() -> None:
+    """Two thirds of the shingles are kept; over 1, 4 and 16 partitions the same."""
+    traffic = Traffic(40)
+    traffic.calm(0, 30)
+    traffic.spread(30)
+    traffic.calm(42, 10)
+    told = [campaigns(traffic, partitions) for partitions in (1, 4, 16)]
+    assert {each.uid for each in told[0]} == {told[0][0].uid}
+    assert told[0][-1].counts["users"] == 30
+    assert told[0][-1].cold_start
+    assert [[each.counts for each in found] for found in told[1:]] == [[each.counts for each in told[0]]] * 2
+
+
+def test_many_users_with_prompts_of_their_own_are_no_campaign() -> None:
+    """A burst of blocks without a common prompt is block_rate's."""
+    traffic = Traffic(41)
+    traffic.calm(0, 30)
+    traffic.block_burst(30, users=40)
+    assert campaigns(traffic) == []
+
+
+def test_one_user_with_a_hundred_variants_is_no_campaign() -> None:
+    """He is probing's."""
+    traffic = Traffic(42)
+    traffic.calm(0, 30)
+    traffic.probe(30, prompts=100, hit=1.0)
+    assert campaigns(traffic) == []
+
+
+def test_the_commonest_slots_come_close_to_the_prompt_that_variants_were_made_from() -> None:
+    """Variants are .25 to .45 alike; their family's sketch is much closer to the origin than they are."""
+    rng = random.Random(43)  # noqa: S311 seeded on purpose
+    origin = set(range(10**6, 10**6 + 60))
+    variants = []
+    for number in range(MEMBERS_MAX):
+        kept = set(rng.sample(sorted(origin), 38))
+        made = sketch_of(sketch(kept | {10**8 + number * 100 + step for step in range(22)}))
+        assert made is not None
+        variants.append(made)
+    whole = sketch_of(sketch(origin))
+    assert whole is not None
+
+    def alike(one: bytes, other: bytes) -> int:
+        return sum(one[at : at + 4] == other[at : at + 4] for at in range(0, 256, 4))
+
+    assert alike(commonest(variants), whole) > max(alike(variant, whole) for variant in variants)
+
+
+def test_a_sketch_of_another_size_or_no_base64_is_none() -> None:
+    """It is passed over rather than guessed at."""
+    assert [sketch_of(text) for text in ("", "!!!", "AAAA", "A" * 1_024)] == [None] * 4
