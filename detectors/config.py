@@ -187,7 +187,7 @@ class ProbingConfig(_Table):
     )
     half_life_s: int = Field(86_400, ge=60, description="Half-life of the evidence.")
     threshold: float = Field(
-        11.7, gt=0, description="Evidence in nats: 11.7 flags 0.01 % of honest sessions in simulation, 5.4 0.1 %."
+        11.7, gt=0, description="Evidence in nats; docs/detection.md has the share of honest sessions flagged."
     )
     same_prompt: float = Field(
         0.95, gt=0, le=1, description="Estimated Jaccard similarity from which two prompts are one."

@@ -17,7 +17,7 @@ CLIENTS = 400
 def honest_clients(rate: float, prompt: int, seed: int) -> list[Client]:
     """Clients of whom each prompt is blocked independently at `rate`, a minute apart."""
     rng = np.random.default_rng(seed)
-    at_s = np.arange(PROMPTS) * 60.0
+    at_s = np.arange(PROMPTS, dtype=np.float64) * 60.0
     kinds = np.full(PROMPTS, prompt)
     kinds[0] = NOVEL
     return [Client("null", 1.0, at_s + number * 1e-3, kinds, rng.random(PROMPTS) < rate) for number in range(CLIENTS)]
