@@ -158,7 +158,7 @@ def faults(data: Path) -> dict[str, Any]:
     before = [
         fault
         for fault in injected
-        if ((calls.moment_us < fault[0]) & (calls.moment_us > fault[0] - WEEK_US)).sum() > 300
+        if ((calls.moment_us < fault[0]) & (calls.moment_us > fault[0] - 5 * MINUTE_US)).sum() > 100
     ]
     hits = [any(begin <= each.updated_us <= end for each in opened) for begin, end, _ in before]
     return {"faults_with_traffic_before": len(before), "found_within_5_min": sum(hits), "opened": len(opened)}

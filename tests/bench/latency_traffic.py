@@ -88,11 +88,19 @@ def shifted(
 
 
 def nezha(data: Path) -> tuple[Calls, list[tuple[int, int, str]]]:
-    """Root spans as calls of one model, a microsecond for a millisecond, and its cpu and network faults."""
+    """Root spans as calls of one model, a microsecond for a millisecond, and its cpu and network faults.
+
+    An operation stands for a size of prompt, since operations differ in time as prompts of different size do.
+    """
     with gzip.open(data / "latency" / "nezha_root_spans.csv.gz", "rt") as opened:
-        rows = [(int(row["StartTimeUnixNano"]) // 1_000, float(row["Duration"])) for row in csv.DictReader(opened)]
+        rows = [
+            (int(row["StartTimeUnixNano"]) // 1_000, float(row["Duration"]), row["OperationName"])
+            for row in csv.DictReader(opened)
+        ]
     moment: Ints = np.array([row[0] for row in rows], np.int64)
     taken: Floats = np.array([row[1] for row in rows])
+    _, operation = np.unique([row[2] for row in rows], return_inverse=True)
+    prompt = 4 ** (operation.astype(np.int64) % 20)
     order = np.argsort(moment, kind="stable")
     faults = []
     with (data / "latency" / "nezha_faults.csv").open() as opened:
@@ -101,4 +109,4 @@ def nezha(data: Path) -> tuple[Calls, list[tuple[int, int, str]]]:
                 at = datetime.fromtimestamp(int(row["inject_timestamp"]), UTC)
                 begin = int(at.timestamp()) * SECOND_US
                 faults.append((begin, begin + 5 * MINUTE_US, row["inject_type"]))
-    return calls_of(moment[order], np.maximum(taken[order], 1.0)), faults
+    return calls_of(moment[order], np.maximum(taken[order], 1.0), prompt_tokens=prompt[order]), faults
