@@ -274,7 +274,8 @@ class BlockRateTwo(StageTwo):
             counted = first(cell.weights.get("counted", {}), self._contributors_max)
             state.recent.append(Blocks(second, counts["blocks"], blocked, counted, cell.samples, cell.offsets))
             del state.recent[:-RECENT_MAX]
-        if second // 3_600 != state.hour or not (state.rates or state.charts[0].maxima):
+        doubled = state.requests.bit_length() > (state.requests - counts["requests"]).bit_length()
+        if second // 3_600 != state.hour or (doubled and not state.charts[0].maxima):
             self._turn(state, second, tenant)
         if not state.rates:
             guard, prior, weight = self._guard(tenant, key), self._config.prior_rate, self._config.prior_blocks
@@ -307,7 +308,7 @@ class BlockRateTwo(StageTwo):
         return False
 
     def _turn(self, state: KeyState, second: int, tenant: str) -> None:
-        """Once an hour, on the first day each minute: the hour's usual rate, and thresholds from the charts' own past."""
+        """Once an hour, at first whenever requests double: usual rates, and thresholds from the charts' past."""
         state.hour, state.rates = second // 3_600, {}
         per_week = share_of(self._config.budget_per_week, self._keys_of[tenant], len(state.charts))
         a_week = state.requests / max(second - state.first_s + 1, 60) * WEEK_S

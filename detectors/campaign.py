@@ -15,7 +15,7 @@ different prompts a user and hour are passed on, which no layout changes; above 
 tenant the rest is counted and left out, and only then could another layout say something else.
 
 Cold start. First three days: asks for twice as many users, since a form letter that the guard has always blocked looks
-like a campaign. First week: a family's usual number of users is still low, so such a letter may be told. Then: all it has.
+like a campaign. First week: a family's usual number of users is little known, so such a letter may be told. Then: all.
 
 Memory: stage 1, about 200 bytes a user blocked within an hour; stage 2, about 0.6 KB a lone prompt, at most 4 KB and
 100 bytes a user of a family. What a crash loses: nothing.
