@@ -59,7 +59,9 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
 	  python=.venv/bin/python; [ $$name = collector ] && python=.venv-engine/bin/python; $$python -m tests.bench.$$name --json; done
 
-soak-short: .venv/.made ## the crash battery, 22 rounds on a real broker
+soak-short: .venv/.made ## tests marked long, 2,000 simulated schedules, the crash battery of 22 rounds
+	.venv/bin/python -m pytest -q -m long tests/streams
+	INFERWATCH_SCHEDULES=2000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
 	.venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
 
 soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them

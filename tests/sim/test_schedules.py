@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.sim.schedule import Simulation, draw, run_schedule
 
-SCHEDULES = int(os.environ.get("INFERWATCH_SCHEDULES", "2000"))
+SCHEDULES = int(os.environ.get("INFERWATCH_SCHEDULES", "300"))
 PROCESSES = 2
 
 

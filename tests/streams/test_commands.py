@@ -153,6 +153,7 @@ async def until(
     raise AssertionError(f"not within {timeout_s:g} s: {what}\n{place.logs()}")
 
 
+@pytest.mark.long
 async def test_a_suppressed_entity_is_kept_and_nobody_else_is_hidden(kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """Findings, then suppress, SIGKILL of stage 2, next episodes: the one is marked and not told, the other is told
     and called false; a change is named; commands of a stranger are refused; the log of rollups, and that of events

@@ -56,6 +56,7 @@ class LargeShard:
         return {"counted": self.count}
 
 
+@pytest.mark.long
 async def test_a_large_state_holds_nothing_up_and_is_quickly_back(kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """100 MiB over four partitions: batches go on while it is stored; a new worker has it all within 15 s."""
     await ensure_topics(kafka_config)

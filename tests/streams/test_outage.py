@@ -128,6 +128,7 @@ async def _away(broker: RunningBroker, workers: Sequence[Worker], seconds: float
     assert all("warning" in text or "error" in text for text in said.values()), "each says that Kafka is away"
 
 
+@pytest.mark.long
 async def test_a_broker_away_for_twenty_seconds_is_waited_for(
     broker: RunningBroker, kafka_config: KafkaConfig, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ async def test_a_broker_away_for_ten_minutes_is_waited_for(
     await _through_an_outage(kafka_config, tmp_path, lambda workers: _away(broker, workers, 600))
 
 
+@pytest.mark.long
 async def test_a_slow_broker_is_waited_for(broker: RunningBroker, kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """Stopped for longer than the sessions and let go again, four times: the same."""
 

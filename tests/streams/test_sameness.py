@@ -49,6 +49,7 @@ def _records(partitions: int) -> list[tuple[bytes, bytes, int]]:
     return moved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 async def test_a_cell_gives_the_same_answer(kafka_config: KafkaConfig, tmp_path: Path, cell: Cell) -> None:
     """(a): byte for byte what the engines alone give for this log; (b): the findings that one partition gives."""

@@ -62,6 +62,7 @@ async def test_killed_workers_change_no_finding(kafka_config: KafkaConfig, tmp_p
     assert _requests(found) == sum(type(decode(value)) is AuditEvent for _, value, _ in records)
 
 
+@pytest.mark.long
 async def test_workers_may_come_and_go(kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """A second worker joins and takes partitions, then the first is killed: the findings are the same."""
     await ensure_topics(kafka_config)
@@ -85,6 +86,7 @@ async def test_workers_may_come_and_go(kafka_config: KafkaConfig, tmp_path: Path
     assert found.findings
 
 
+@pytest.mark.long
 async def test_a_restarted_broker_is_waited_for(
     broker: RunningBroker, kafka_config: KafkaConfig, tmp_path: Path
 ) -> None:

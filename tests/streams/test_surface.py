@@ -87,6 +87,7 @@ def test_the_public_path_loads_no_faust() -> None:
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.long
 @pytest.mark.kafka
 async def test_the_public_path_gives_the_same_findings_through_kills(
     kafka_config: KafkaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +121,7 @@ async def test_the_public_path_gives_the_same_findings_through_kills(
     assert all(WARNING in worker.log.read_text() for worker in (one, other, two))
 
 
+@pytest.mark.long
 @pytest.mark.kafka
 async def test_a_zombie_on_the_public_path_harms_nothing(
     kafka_config: KafkaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +151,7 @@ async def test_a_zombie_on_the_public_path_harms_nothing(
     assert found.findings
 
 
+@pytest.mark.long
 @pytest.mark.kafka
 async def test_both_paths_go_on_from_the_same_state(
     kafka_config: KafkaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def _opened(findings: Any) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.long
 async def test_findings_stay_right_across_the_growth(kafka_config: KafkaConfig, tmp_path: Path) -> None:
     """Calm on 2 partitions, grown to 4, then an attack: found as if nothing had happened; no dead letter, none late."""
     chance = random.Random(31)  # noqa: S311  # repeatable, no secret
@@ -175,6 +176,7 @@ async def test_what_is_under_way_is_refused_by_name(kafka_config: KafkaConfig, t
         await grow(before, DETECT, STREAMS)
 
 
+@pytest.mark.long
 async def test_a_growth_that_died_is_finished_by_the_next(
     kafka_config: KafkaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
