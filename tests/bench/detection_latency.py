@@ -4,7 +4,8 @@ NAB: a value becomes ten calls of one second, at the end of a window of 300 s th
 exp(sign(z) ln(1 + |z|)), z the distance from the median of the probationary rows in their own deviations. So nothing of
 a series is used before its time. An alarm is an opened finding. The rule of a doubling is off (`ratio_min`), since a
 series' deviation is no latency; budget two a week and series. Statistics and constants of `detectors/spot.py` were
-chosen on half of the files (every second by name): the other half is told apart. Files kept back are not here.
+chosen on half of the files (every second by name), told apart; but the kinds of statistic come from an earlier trial on
+all of them, so neither half is unseen. Files kept back are not here.
 
 Doublings: real are the residuals, injected the doublings, simulated load and noise (`latency_traffic.py`); default
 settings but for `min_calls` and `tail_calls`. A provider has too few calls for two halves: residuals are drawn anew.
