@@ -8,7 +8,7 @@ commonest value among its last sixteen members: variants of one prompt differ in
 sketch of the prompt that they were made from, and families whose sketches meet are joined. A sketch is compared to all
 families at once, 64 numbers each: with two thousand of them that is quicker than bands, and misses none.
 
-Told from eight users within a day on, and only from five standard deviations (Poisson) over what the family is used to.
+Told from eight users within a day on, and only from six standard deviations (Poisson) over what the family is used to.
 
 Order: requests are taken in order of (timestamp, event_id), whatever the partitions. At most `user_prompts_max`
 different prompts a user and hour are passed on, which no layout changes; above `passed_max` a second, partition and
@@ -52,7 +52,7 @@ DAY_US: Final = 24 * HOUR_US
 NEW_US: Final = 3 * DAY_US
 """A tenant is new for so long: twice as many users are asked for."""
 PAST_HALF_LIFE_US: Final = 7 * DAY_US
-SPREAD: Final = 5.0
+SPREAD: Final = 6.0
 """Standard deviations (Poisson) above a family's usual number of users a day."""
 Sketches = NDArray[np.uint32]
 

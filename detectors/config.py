@@ -225,7 +225,7 @@ class CampaignConfig(_Table):
     users_min: int = Field(8, ge=3, le=64, description="Blocked users with one family of prompts that are a campaign.")
     similarity: float = Field(0.25, gt=0, le=1, description="Estimated Jaccard similarity to a family's first prompt.")
     window_s: int = Field(86_400, ge=60, description="Users of a family are counted over so long.")
-    again_s: int = Field(300, ge=1, description="A campaign is told on while prompts of it come within this long.")
+    again_s: int = Field(1_800, ge=1, description="A campaign is told on while prompts of it come within this long.")
     user_prompts_max: int = Field(
         8, ge=1, le=64, description="Blocked prompts of a user that one partition passes on within an hour."
     )
