@@ -116,7 +116,7 @@ def goals(scale: dict[str, Any] | None, two: dict[str, Any] | None) -> list[dict
                 "rate_ratio": many / few,
             },
             "met": scale["many"]["rss_mib_max"] <= 1536 and many / few >= 0.75 and scale["many"]["entities"] > 0,
-            "why": "the memory an entity counts buffers and users with evidence too; a cold one takes about 66 bytes beyond its key",
+            "why": "memory an entity counts buffers and evidence too; a cold one takes about 66 bytes beyond its key",
         },
         {
             "figure": "restart with 1 M users of state",
