@@ -13,7 +13,7 @@ from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, Tick, encode, uuid7
 from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine
-from detectors.rollup import Marker
+from detectors.rollup import Marker, Signal
 from detectors.rollup import encode as encode_rollup
 from detectors.time import NEVER
 from streams.batch import Fetched
@@ -41,16 +41,18 @@ class EventShard:
         return [(fetched[index], _unfit(fetched.values[index]) or why) for index, why in refused]
 
     def take(self) -> list[Outgoing]:
-        """Rollups to the partition of their tenant, each marker to every partition."""
+        """Rollups to the partition of their tenant; markers, and changes that concern all tenants, to every one."""
         outgoing = []
         for rollup in self._engine.take():
             value = encode_rollup(rollup)
             if isinstance(rollup, Marker):
-                key = f"{rollup.topic}-{rollup.partition}".encode()
-                outgoing += [Outgoing(key, value, partition) for partition in range(self._rollup_partitions)]
+                key, everywhere = f"{rollup.topic}-{rollup.partition}".encode(), True
             else:
                 key = rollup.tenant.encode()
-                outgoing.append(Outgoing(key, value, partition_for(key, self._rollup_partitions)))
+                everywhere = isinstance(rollup, Signal) and rollup.entity.kind == "collector" and not rollup.tenant
+            home = partition_for(key, self._rollup_partitions)
+            partitions = range(self._rollup_partitions) if everywhere else (home,)
+            outgoing += [Outgoing(key, value, partition) for partition in partitions]
         return outgoing
 
     def snapshot(self) -> bytes:
