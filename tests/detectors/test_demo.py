@@ -25,7 +25,10 @@ def raised(traffic: Traffic, seed: int) -> list[Finding]:
     return run(lay_out(traffic.events, layout), CONFIG, batch=500, seed=seed).findings
 
 
-@pytest.mark.parametrize("seed", range(20))
+SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(8, 20))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_all_four_campaigns_are_found_from_cold_and_nothing_else(seed: int) -> None:
     """A minute of calm, four campaigns of twelve seconds: one episode each, token_length one a user."""
     print("seed", seed)
@@ -49,7 +52,7 @@ def test_each_campaign_alone_raises_its_own_detector_only(which: str, wanted: di
     assert episodes(raised(four_campaigns(seed, which=which), seed)) == wanted
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_calm_raises_nothing_in_half_an_hour(seed: int) -> None:
     """Seven requests a second by thirty users, 1 % blocked, with the demo's short windows."""
     print("seed", seed)
