@@ -44,6 +44,8 @@ def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
     if prompt.digest and any(prompt.digest == other.digest for other in known):
         return True
     sketch = prompt.sketch
+    if not sketch:
+        return False
     size = len(sketch) // SLOT_BYTES
     # With so many slots that may differ, one of one more parts is the same to the byte: seldom, so most end here.
     parts = size - math.ceil(same * size) + 1
@@ -54,7 +56,7 @@ def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
         if len(other.sketch) == len(sketch)
         and any(other.sketch[begin:end] == sketch[begin:end] for begin, end in pairwise(cuts))
     ]
-    if not alike or not sketch:
+    if not alike:
         return False
     slots = np.frombuffer(sketch, "<u4")
     equal = np.count_nonzero(np.frombuffer(b"".join(alike), "<u4").reshape(len(alike), -1) == slots, axis=1)
