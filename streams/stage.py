@@ -381,7 +381,7 @@ def run_stage(
 ) -> None:
     """Runs one worker of the stage that `make` gives for the partition counts by topic, until SIGTERM or SIGINT.
 
-    `on_serving` is given the address of its health pages. Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed
+    `on_serving` is given the address of its health pages. Raises BrokerAway, TopicMismatch, StageFailed
     or OSError, each with one sentence.
     """
 

@@ -123,7 +123,7 @@ def run_stage1(
 ) -> None:
     """Runs one worker of stage 1 until SIGTERM or SIGINT; `on_serving` is given the address of its health pages.
 
-    Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed or OSError, each with one sentence.
+    Raises BrokerAway, TopicMismatch, StageFailed or OSError, each with one sentence.
     """
 
     def make(counts: Mapping[str, int]) -> Stage:

@@ -110,7 +110,7 @@ def run_stage2(
 ) -> None:
     """Runs one worker of stage 2 until SIGTERM or SIGINT; `on_serving` is given the address of its health pages.
 
-    Raises BrokerAway, TopicMismatch, UnknownVersion, StageFailed or OSError, each with one sentence.
+    Raises BrokerAway, TopicMismatch, StageFailed or OSError, each with one sentence.
     """
 
     owned: WeakValueDictionary[int, RollupShard] = WeakValueDictionary()

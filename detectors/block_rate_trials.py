@@ -1,0 +1,145 @@
+"""The first half of block_rate: what counts as a trial. Method and memory: `detectors/block_rate.py`."""
+
+import zlib
+from collections import Counter
+from typing import Final, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from detectors.chunk import Chunk, Groups
+from detectors.columns import Flags, Ints
+from detectors.config import DetectConfig
+from detectors.detector import StageOne, actor
+from detectors.entities import Dump, EntityTable
+from detectors.prompts import Prompt, prompt_of, seen_before
+from detectors.registry import Registry
+from detectors.rollup import Partial, Signal, first
+from detectors.time import SECOND_US
+
+NAME: Final = "block_rate"
+SLOTS: Final = 4
+"""Guards whose last blocks are told apart, a user."""
+
+
+class Blocked(Struct):
+    """A user whom a guard has blocked."""
+
+    last_us: int
+    prompts: list[Prompt]
+
+
+class BlockRateOne(StageOne):
+    """Thins out a user's repeated blocks. That needs only the user's own past, which is all in this partition.
+
+    Of each user it keeps when a guard last blocked him, in a few slots that guards share by a digest of their names; of
+    a blocked one also his blocked prompts."""
+
+    def __init__(self, config: DetectConfig, registry: Registry) -> None:
+        self._config = config.block_rate
+        self._contributors_max = config.contributors_max
+        self._users: EntityTable[str, Blocked] = EntityTable(
+            self._config.users_max, self._config.distinct_s * SECOND_US
+        )
+        self._registry = registry
+        self._last_s = registry.column(f"{NAME}.last_s", np.uint32, SLOTS)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._users.counters | {"users": len(self._users)}
+
+    def events(self, chunk: Chunk) -> list[Partial | Signal]:
+        columns = chunk.columns
+        if not len(columns.verdict_event):
+            return []
+        trial, guard, blocked = columns.verdict_event, columns.verdict_guard, columns.verdict_blocked
+        fresh = self._fresh(chunk, trial, guard, blocked)
+        distinct = ~blocked
+        for index in np.flatnonzero(blocked).tolist():
+            distinct[index] = self._new_prompt(chunk, int(trial[index]), columns.guards[int(guard[index])])
+        cells = Groups(np.arange(len(trial)), chunk.step[trial], columns.kind[trial], guard)
+        at = Groups(trial[cells.rows], np.repeat(np.arange(len(cells)), cells.sizes))
+        ones = np.ones(len(trial), np.int64)
+        sums = {
+            "blocks": cells.sums(ones * blocked),
+            "distinct_blocks": cells.sums(ones * (distinct & blocked)),
+            "distinct_trials": cells.sums(ones * distinct),
+            "fresh_blocks": cells.sums(ones * (fresh & blocked)),
+            "fresh_trials": cells.sums(ones * fresh),
+            "requests": cells.sums(ones),
+        }
+        guards = cells.firsts(guard)
+        told: list[Partial | Signal] = []
+        for number, place in enumerate(at.places(chunk, NAME)):
+            counts = {name: values[number] for name, values in sums.items() if values[number]}
+            key = f"{place.model}\n{columns.guards[guards[number]]}"
+            if "blocks" not in counts:
+                told.append(place.partial(key, counts=counts))
+                continue
+            members = [index for index in cells.members(number) if blocked[index]]
+            weights = {"blocked": Counter(chunk.actor(int(trial[index])) for index in members)}
+            if counts.get("distinct_blocks"):
+                weights["counted"] = Counter(chunk.actor(int(trial[index])) for index in members if distinct[index])
+            first_ones = {name: first(users, self._contributors_max) for name, users in weights.items()}
+            samples = chunk.samples([int(trial[index]) for index in members])
+            told.append(place.partial(key, counts=counts, weights=first_ones, samples=samples))
+        return told
+
+    def _fresh(self, chunk: Chunk, trial: Ints, guard: Ints, blocked: Flags) -> Flags:
+        """Whether the guard had not blocked the user for so long, for each verdict; keeps the blocks."""
+        slots = np.array([zlib.crc32(name.encode()) % SLOTS for name in chunk.columns.guards], np.int64)[guard]
+        entity, second = chunk.entity[trial], chunk.second[trial]
+        last_s = self._last_s.values
+        last = last_s[entity, slots].astype(np.int64)
+        fresh: Flags = (entity < 0) | (last == 0) | (second - last >= self._config.fresh_s)
+        again = np.isin(entity, entity[blocked & (entity >= 0)]) if blocked.any() else blocked
+        before = -1
+        blocks: list[tuple[int, int]] = []
+        for index in np.flatnonzero(again).tolist():
+            event, row, slot = int(trial[index]), int(entity[index]), int(slots[index])
+            if event != before:
+                self._keep(blocks, chunk, before)
+                before = event
+            since = int(last_s[row, slot])
+            fresh[index] = since == 0 or int(second[index]) - since >= self._config.fresh_s
+            if blocked[index]:
+                blocks.append((row, slot))
+        self._keep(blocks, chunk, before)
+        return fresh
+
+    def _keep(self, blocks: list[tuple[int, int]], chunk: Chunk, event: int) -> None:
+        """The blocks of one event count from the next event on, whatever the order of its guards."""
+        for row, slot in blocks:
+            second = int(chunk.second[event])
+            self._last_s.values[row, slot] = min(max(second, 1), 2**32 - 1)
+            self._registry.suspect(row, second + self._config.distinct_s)
+        blocks.clear()
+
+    def _new_prompt(self, chunk: Chunk, row: int, guard: str) -> bool:
+        """Whether a blocked prompt counts: one that the user was not blocked for before, within a limit."""
+        event, moment_us = chunk.event(row), int(chunk.columns.moment_us[row])
+        name = f"{event.tenant}\n{event.model_version}\n{guard}\n{actor(event)}"
+        past = self._users.get(name)
+        if past is None or moment_us - past.last_us > self._config.distinct_s * SECOND_US:
+            past = Blocked(moment_us, [])
+        prompt = prompt_of(event)
+        new = len(past.prompts) < self._config.distinct_max and not seen_before(
+            prompt, past.prompts, self._config.same_prompt
+        )
+        if new:
+            past.prompts.append(prompt)
+        past.last_us = moment_us
+        self._users.put(name, moment_us, past)
+        return new
+
+    def snapshot(self) -> bytes:
+        return _encoder.encode(self._users.dump())
+
+    def restore(self, raw: bytes) -> None:
+        self._users.load(_users_decoder.decode(raw))
+
+
+_encoder = msgspec.msgpack.Encoder()
+_Users: TypeAlias = Dump[str, Blocked]
+_users_decoder = msgspec.msgpack.Decoder(_Users)
