@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
-from collector.event import AuditEvent
+from collector.event import AuditEvent, Rejection
 from detectors.columns import SECOND_US, Columns, Floats, Ints, picked
 from detectors.detector import actor
 from detectors.finding import EVENT_IDS_MAX
@@ -19,7 +19,7 @@ from detectors.histogram import buckets_of
 from detectors.registry import Registry, Rows
 from detectors.rollup import Extreme, Partial, Sample, first
 
-_decoder: Final = msgspec.json.Decoder(AuditEvent)
+_decoder: Final[msgspec.json.Decoder[AuditEvent]] = msgspec.json.Decoder(AuditEvent | Rejection)
 BUCKETS_MAX: Final = 512
 """More than `detectors.histogram` has."""
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -28,7 +27,6 @@ SECOND_US: Final = 1_000_000
 TOKENS_MAX: Final = 2**40
 """Larger counts are taken for this, so that sums stay exact."""
 PSEUDONYM_CHARACTERS: Final = 34
-_decoder: Final = msgspec.json.Decoder(AuditEvent | None)
 
 
 @dataclass(slots=True)

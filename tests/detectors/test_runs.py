@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from collector.event import Heartbeat, Hello, encode
+from collector.event import AuditEvent, Heartbeat, Hello, Rejection, encode
 from detectors import rollup
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine
@@ -105,6 +105,27 @@ def test_a_full_registry_forgets_alike_in_any_cut() -> None:
     assert wanted[1]["entities.evicted"] > 100
     for sizes in ([500], [13, 1_000], [10**6]):
         assert cut(log, sizes, config) == wanted
+
+
+def test_rejections_are_read_again_as_any_event_is() -> None:
+    """Refused requests, blocked ones among them, in the same microsecond as others: in order, judged, nothing fails."""
+    traffic = Traffic(6, rate=40, users=5, block_rate=0.5)
+    traffic.calm(0, 30)
+    (log,) = lay_out(traffic.events, Layout(partitions=1, heartbeat_ms=1_000))
+    mixed = []
+    for number, logged in enumerate(log):
+        record = logged.record
+        if type(record) is AuditEvent:
+            record = msgspec.structs.replace(record, timestamp=record.timestamp.replace(microsecond=0))
+            if number % 3 == 0:
+                fields = {name: getattr(record, name) for name in record.__struct_fields__}
+                record = Rejection(**fields)
+        mixed.append(replace(logged, record=record))
+    wanted = one_by_one(mixed, CONFIG)
+    assert any(isinstance(logged.record, Rejection) for logged in mixed)
+    assert not any("failed" in name for name in wanted[1])
+    for sizes in ([7, 100], [10**6]):
+        assert cut(mixed, sizes, CONFIG) == wanted
 
 
 def test_what_is_no_record_is_refused_by_index_and_the_rest_is_taken() -> None:
