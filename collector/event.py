@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final, Literal
@@ -285,9 +286,27 @@ def from_timestamp_us(value_us: int) -> datetime:
     return EPOCH + timedelta(microseconds=value_us)
 
 
-def uuid7(clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[int], bytes] = os.urandom) -> str:
-    """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 74 of randomness. Unguessable, sorts by time."""
-    value = (clock_ns() // 1_000_000) << 80 | int.from_bytes(random_bytes(10), "big")
+_RANDOM_BYTES: Final = 10
+_drawn: Final[deque[bytes]] = deque()
+"""Randomness drawn for many ids at once: each call to the kernel lets other threads take the interpreter."""
+os.register_at_fork(after_in_child=_drawn.clear)
+
+
+def _system_random() -> bytes:
+    while True:
+        try:
+            return _drawn.popleft()  # one thread alone gets it
+        except IndexError:
+            drawn = os.urandom(_RANDOM_BYTES * 128)
+            _drawn.extend(drawn[at : at + _RANDOM_BYTES] for at in range(0, len(drawn), _RANDOM_BYTES))
+
+
+def uuid7(clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[], bytes] = _system_random) -> str:
+    """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 74 of randomness. Unguessable, sorts by time.
+
+    `random_bytes`: gives 10 bytes.
+    """
+    value = (clock_ns() // 1_000_000) << 80 | int.from_bytes(random_bytes(), "big")
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     digits = f"{value:032x}"

@@ -194,7 +194,7 @@ class _Lanes:
 def _uuid(at_us: int, name: str) -> str:
     """A UUIDv7 of that time whose random part is a digest of `name`: the same in every run."""
     digest = hashlib.blake2b(name.encode(), digest_size=10).digest()
-    return uuid7(lambda: at_us * 1000, lambda _: digest)
+    return uuid7(lambda: at_us * 1000, lambda: digest)
 
 
 def _hex(text: str) -> str:

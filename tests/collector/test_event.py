@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing as mp
 import subprocess
 import sys
 from pathlib import Path
@@ -241,10 +242,22 @@ def test_timestamps_are_exact_microseconds(value_us: int) -> None:
 def test_event_ids_are_uuid7_and_sort_by_time() -> None:
     """Version 7, variant 2, the milliseconds in front."""
     clocks = (itertools.repeat(ms * 1_000_000) for ms in (1, 2, 1_760_000_000_000))
-    ids = [uuid7(clock.__next__, lambda n: b"\xff" * n) for clock in clocks]
+    ids = [uuid7(clock.__next__, lambda: b"\xff" * 10) for clock in clocks]
     assert ids == sorted(ids)
     assert ids[2] == "0199c82c-c000-7fff-bfff-ffffffffffff"
     assert len({uuid7() for _ in range(1000)}) == 1000
+
+
+def test_a_forked_process_draws_other_ids() -> None:
+    """Randomness is drawn ahead for many ids; what the parent has drawn is not the child's too."""
+    uuid7()
+    with mp.get_context("fork").Pool(1) as child:
+        theirs = child.apply(_ids)
+    assert not set(theirs) & set(_ids())
+
+
+def _ids() -> list[str]:
+    return [uuid7(lambda: 0) for _ in range(200)]
 
 
 def test_the_published_schema_is_this_schema() -> None:

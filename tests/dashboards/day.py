@@ -59,7 +59,7 @@ class Maker:
             )
         values: dict[str, object] = {
             "schema_version": SCHEMA_VERSION,
-            "event_id": uuid7(lambda: at_us * 1000, lambda _: bytes.fromhex(digest(f"{self.seed}/{number}", 20))),
+            "event_id": uuid7(lambda: at_us * 1000, lambda: bytes.fromhex(digest(f"{self.seed}/{number}", 20))),
             "timestamp": from_timestamp_us(at_us),
             "collector_id": "gpu-host-1",
             "boot": "b1",
@@ -74,7 +74,7 @@ class Maker:
             "latency_ms": 2.4,
             "blocked": blocked,
             "status": "blocked_input" if blocked else "ok",
-            "http_request_id": uuid7(lambda: at_us * 1000, lambda _: bytes.fromhex(digest(f"http/{number}", 20))),
+            "http_request_id": uuid7(lambda: at_us * 1000, lambda: bytes.fromhex(digest(f"http/{number}", 20))),
             "route": "/v1/chat/completions",
             "operation": "chat",
             "http_status": 403 if blocked else 200,
