@@ -15,9 +15,11 @@ import structlog
 
 from collector.answers import Answer
 from collector.context import Caller, Exchange, Judged, exchange
+from collector.doors import Identity
 from collector.event import Adapter, GuardResult, Stage, Status
 from collector.guards.stack import GuardStack
-from collector.identity import KeyRing, Pseudonyms
+from collector.identity import Pseudonyms
+from collector.limits import Lease
 from collector.prompt import PromptView, rendered_view
 from collector.publisher import Publisher, Ticket
 from collector.routes import GateConfig
@@ -70,10 +72,18 @@ _UNTIMED: Final = Timing()
 class Audit:
     """One engine request that was begun. `close` it once; later calls change nothing."""
 
-    __slots__ = ("_auditor", "_known", "_started_s", "_ticket", "closed", "first_token_s")
+    __slots__ = ("_auditor", "_known", "_lease", "_started_s", "_ticket", "closed", "first_token_s")
 
-    def __init__(self, auditor: "Auditor", ticket: Ticket, known: Mapping[str, object], started_s: float) -> None:
+    def __init__(
+        self,
+        auditor: "Auditor",
+        ticket: Ticket,
+        known: Mapping[str, object],
+        started_s: float,
+        lease: Lease | None = None,
+    ) -> None:
         self._auditor, self._ticket, self._known, self._started_s = auditor, ticket, known, started_s
+        self._lease = lease
         self.first_token_s = 0.0
         self.closed = False
 
@@ -120,6 +130,9 @@ class Audit:
         fields |= {name: max(0.0, value) for name, value in timing._asdict().items() if value is not None}
         self._auditor.finish(self._ticket, fields)
         self.closed = True
+        if self._lease is not None and status != "blocked_input":
+            tokens = int(str(self._known["prompt_tokens"])) + (0 if answer is None else answer.token_count)
+            self._lease.spend(tokens, self._auditor.identity.monotonic_s())
 
 
 class Auditor:
@@ -129,8 +142,7 @@ class Auditor:
         self,
         publisher: Publisher,
         guards: GuardStack,
-        pseudonyms: Mapping[str, Pseudonyms],
-        keys: KeyRing,
+        identity: Identity,
         gate: GateConfig,
         *,
         model_version: str,
@@ -138,13 +150,12 @@ class Auditor:
         workers: int = 2,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`pseudonyms`: by tenant; `gate.tenant` and every tenant of `keys` must be among them.
+        """`gate.tenant` must be among the tenants of `identity`.
 
         `workers`: threads that judge, as many as the guards take requests at a time.
         """
-        self.publisher, self.guards, self.keys, self.gate = publisher, guards, keys, gate
+        self.publisher, self.guards, self.identity, self.gate = publisher, guards, identity, gate
         self.clock_s = clock_s
-        self._pseudonyms = pseudonyms
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
         self._model = {"model_version": model_version, "weights_digest": weights_digest}
         self.stages = frozenset(stage for stage in STAGES if guards.judge([(stage, "a")]))
@@ -156,13 +167,14 @@ class Auditor:
 
     def stop(self, timeout_s: float = 10) -> bool:
         """Stop guards and publisher; False where Kafka has not all events yet and the next start sends them."""
+        self.identity.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.guards.close()
         return self.publisher.stop(timeout_s)
 
     def caller(self, tenant: str, *, key_id: str = "", user: str = "", session: str = "", address: str = "") -> Caller:
         """The pseudonyms of names and an address under the tenant's key."""
-        names = self._pseudonyms[tenant]
+        names = self.identity.names(tenant)
         return Caller(
             tenant=tenant,
             user_id=names.user(user),
@@ -171,21 +183,26 @@ class Auditor:
             api_key=names.api_key(key_id),
             client_address=names.address(address),
             key_epoch=names.epoch,
+            names=names,
         )
 
-    def judge(self, view: PromptView, tenant: str) -> Judged:
+    def judge(self, view: PromptView, caller: Caller) -> Judged:
         """Verdicts and digests of one prompt. Takes as long as the guards do: run it in a thread where it can be."""
         results: list[GuardResult] = []
+        tenant = caller.tenant
         if self.stages - {"output"}:
             results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), tenant=tenant)
             self.count_errors(results)
-        names, new = self._pseudonyms[tenant], view.new
+        names, new = self._names(caller), view.new
         digests = {
             "turn_hash": names.digest(new),
             "system_hash": names.digest(view.system),
             "minhash": names.minhash(new),
         }
         return Judged(view, results, self.guards.blocks(results, tenant=tenant), digests)
+
+    def _names(self, caller: Caller) -> Pseudonyms:
+        return caller.names or self.identity.names(caller.tenant)
 
     def count_errors(self, results: Sequence[GuardResult]) -> None:
         """Guards that failed are counted in the heartbeats."""
@@ -200,7 +217,7 @@ class Auditor:
         started_s = at_hand.started_s if at_hand is not None and at_hand.started_s else self.clock_s()
         judged = at_hand.judged(request.text) if at_hand is not None and request.text is not None else None
         if judged is None:
-            judged = self.judge(rendered_view(request.text or ""), caller.tenant)
+            judged = self.judge(rendered_view(request.text or ""), caller)
         known = self._known(request, caller, judged, at_hand)
         try:
             ticket = self.publisher.begin(key=caller.key, known=known)
@@ -209,7 +226,7 @@ class Auditor:
         self.publisher.counters.engine_requests += 1
         if at_hand is not None:
             at_hand.engine_requests += 1
-        audit = Audit(self, ticket, known, started_s)
+        audit = Audit(self, ticket, known, started_s, at_hand.lease if at_hand is not None else None)
         if judged.blocked:
             audit.close("blocked_input", http_status=403, reason="guard")
             raise Blocked
@@ -225,7 +242,7 @@ class Auditor:
             **caller.fields(),
             **self._model,
             **judged.digests,
-            "prompt_hash": self._pseudonyms[caller.tenant].digest(request.text or ""),
+            "prompt_hash": self._names(caller).digest(request.text or ""),
             "guardrail_results": list(judged.verdicts),
             "view": judged.view.view,
             "operation": request.operation,

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from collector.guards.config import GuardsConfig
+from collector.identity_config import IdentityConfig
 from collector.routes import GateConfig
 
 MIB = 1024 * 1024
@@ -46,19 +47,6 @@ class PublisherConfig(BaseModel):
     start_timeout_ms: int = Field(30_000, ge=100, description="For the broker to answer and the lanes to open")
     broker_silence_ms: int = Field(5000, ge=100, description="Unacknowledged for this long: the broker counts as away")
     status_ms: int = Field(10_000, ge=100, description="How often the health record is written to the status topic")
-
-
-class IdentityConfig(BaseModel):
-    """`[collector.identity]`: who may ask, and under whose keys names and texts become digests."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    key_dir: Path = Field(Path(".inferwatch/keys"), description="Folder of the tenants' keys, TENANT.key, mode 0600")
-    api_keys_file: Path | None = Field(None, description="TOML: one table for each API key, its SHA-256 and owner")
-    prompt_hash: Literal["hmac", "sha256"] = Field(
-        "hmac", description="hmac: under the tenant's key. sha256: plain, so that short prompts can be guessed"
-    )
-    minhash_chars_max: int = Field(8192, ge=64, le=1_000_000, description="Text beyond this is left out of the MinHash")
 
 
 def _host() -> str:

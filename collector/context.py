@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from collector.event import GuardResult
+from collector.identity import Principal, Pseudonyms
+from collector.limits import Lease
 from collector.prompt import PromptView
 
 
@@ -20,6 +22,8 @@ class Caller:
     api_key: str = ""
     client_address: str = ""
     key_epoch: str = ""
+    names: Pseudonyms | None = field(default=None, repr=False, compare=False)
+    """Under whose key all digests of the request are: that of its start, though the key may change meanwhile."""
 
     @property
     def key(self) -> str:
@@ -60,6 +64,10 @@ class Exchange:
 
     http_request_id: str
     caller: Caller
+    principal: Principal | None = None
+    """Whoever was let in."""
+    lease: Lease | None = None
+    """What it uses of its limits."""
     route: str = "unlisted"
     operation: str = ""
     started_s: float = 0.0

@@ -20,7 +20,7 @@ from collector.audit import Auditor, Unaudited
 from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
 from collector.prompt import PromptView, TooDeep, views
-from collector.requests import Refusal, caller_of, parse, path_of, read_body, route_of, stranger
+from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, route_of, stranger
 from collector.routes import Route, unknown
 
 log = structlog.get_logger(__name__)
@@ -94,6 +94,14 @@ class Gate:
             return
         at_hand = Exchange(uuid7(), NOBODY)
         try:
+            await self._answer(auditor, scope, receive, send, at_hand)
+        finally:
+            if at_hand.lease is not None:
+                at_hand.lease.release()
+
+    async def _answer(self, auditor: Auditor, scope: Scope, receive: Receive, send: Send, at_hand: Exchange) -> None:
+        """Let the app answer, or refuse."""
+        try:
             route, body = await self._enter(auditor, scope, receive, at_hand)
         except Refusal as refusal:
             refusal = _audited(auditor, scope, at_hand, refusal)
@@ -111,7 +119,7 @@ class Gate:
         """The route, and the body where there may be one. Raises `Refusal`, whatever goes wrong."""
         try:
             route = self._admit(auditor, scope, at_hand)
-            body = await self._body(auditor, scope, receive) if scope["method"] == "POST" else None
+            body = await self._body(auditor, scope, receive, at_hand) if scope["method"] == "POST" else None
             at_hand.started_s = auditor.clock_s()
             if route.handling == "audited":
                 await self._judge(auditor, scope, route, at_hand, body or b"")
@@ -132,16 +140,19 @@ class Gate:
         route, at_hand.route = route_of(scope["method"], path)
         if scope["method"] == "GET" and path in gate.open_routes:
             return route or Route("refused", "")
-        at_hand.caller = caller_of(scope, auditor, {})
+        at_hand.caller = caller_of(scope, auditor, at_hand)
+        admit(auditor, at_hand)
         if route is None or route.handling == "refused":
             reason = "unlisted_route" if at_hand.route == "unlisted" else "refused_route"
             raise Refusal(404, reason, "There is no such route here.")
         at_hand.operation = route.operation
         return route
 
-    async def _body(self, auditor: Auditor, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, within the bounds of one and of all requests."""
+    async def _body(self, auditor: Auditor, scope: Scope, receive: Receive, at_hand: Exchange) -> bytes:
+        """The whole body, within the bounds of one, of its key's and of all requests."""
         gate = auditor.gate
+        of_key = at_hand.lease.body_bytes_max if at_hand.lease is not None else 0
+        bytes_max = min(gate.body_bytes_max, of_key or gate.body_bytes_max)
         if self._buffered_bytes > gate.buffered_bytes_max:
             raise Refusal(503, "busy", "Too many requests are being read. Try again later.")
         read = 0
@@ -153,7 +164,7 @@ class Gate:
 
         try:
             async with asyncio.timeout(gate.body_timeout_s):
-                return await read_body(scope, receive, gate.body_bytes_max, count)
+                return await read_body(scope, receive, bytes_max, count)
         except TimeoutError:
             raise Refusal(408, "slow_body", "The request's body did not arrive in time.") from None
         finally:
@@ -164,7 +175,7 @@ class Gate:
         large = len(raw) > _INLINE_CHARS_MAX
         body = await auditor.in_thread(parse, raw) if large else parse(raw)
         if "user" in body or "session_id" in body:
-            at_hand.caller = caller_of(scope, auditor, body)
+            at_hand.caller = caller_of(scope, auditor, at_hand, body)
         if body.get("use_beam_search"):
             raise Refusal(
                 400, "beam_search", "Beam search is not served here: its answers can't be judged as they form."
@@ -175,10 +186,10 @@ class Gate:
             prompts = views(route.operation, body)
         except TooDeep:
             raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
-        tenant = at_hand.caller.tenant
+        caller = at_hand.caller
 
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
-            return [auditor.judge(view, tenant) for view in found]
+            return [auditor.judge(view, caller) for view in found]
 
         inline = not large and not auditor.stages - {"output"}
         at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)
@@ -224,7 +235,7 @@ class Gate:
         await receive()
         refusal = Refusal(404, "websocket", "")
         try:
-            at_hand.caller = caller_of(scope, auditor, {})
+            at_hand.caller = caller_of(scope, auditor, at_hand)
         except Refusal as earlier:
             refusal = earlier
         _audited(auditor, scope, at_hand, refusal)

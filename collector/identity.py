@@ -13,12 +13,15 @@ import secrets
 import stat
 import tomllib
 from collections.abc import Mapping
+from datetime import datetime
+from math import inf
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
 import msgspec
 from msgspec import Struct
 
+from collector.limits import Limit
 from collector.minhash import MinHash
 
 KEY_BYTES: Final = 32
@@ -47,21 +50,26 @@ def create_key_file(path: Path) -> None:
 
 def load_key(path: Path) -> bytes:
     """The 32 bytes of a tenant's key. Raises KeyProblem: missing, readable by others, or not 64 hex digits."""
+    raw = read_private(path, "`inferwatch keys create` makes one")
+    if not re.fullmatch(rb"[0-9a-fA-F]{64,1024}", raw) or len(raw) % 2:
+        raise KeyProblem(f"{path}: a key file holds at least 64 hex digits and nothing else; make a new one")
+    return bytes.fromhex(raw.decode("ascii"))
+
+
+def read_private(path: Path, how: str) -> bytes:
+    """What a key file holds, without blanks at its ends. Raises KeyProblem; `how` says how one is made."""
     try:
         # Links are followed, since mounted secrets are links; a pipe must not make us wait.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise KeyProblem(f"{path}: no such key file; `inferwatch keys create` makes one") from None
+        raise KeyProblem(f"{path}: no such key file; {how}") from None
     except OSError as error:
         raise KeyProblem(f"{path}: this key file can't be opened ({error.strerror})") from None
     try:
         _refuse_shared(path, os.fstat(handle))
-        raw = os.read(handle, 4096).strip()
+        return os.read(handle, 4096).strip()
     finally:
         os.close(handle)
-    if not re.fullmatch(rb"[0-9a-fA-F]{64,1024}", raw) or len(raw) % 2:
-        raise KeyProblem(f"{path}: a key file holds at least 64 hex digits and nothing else; make a new one")
-    return bytes.fromhex(raw.decode("ascii"))
 
 
 def _refuse_shared(path: Path, status: os.stat_result) -> None:
@@ -154,23 +162,57 @@ def _derive(key: bytes, purpose: str) -> bytes:
 
 
 class Principal(Struct, frozen=True):
-    """Who a request's API key belongs to. `on_behalf`: it may speak for users that a header or the body names."""
+    """Who a request is from, as an API key, a token or a trusted proxy says."""
 
     tenant: str
     key_id: str
+    """The API key's id; `jwt:KID` for a token, `proxy` for trusted headers."""
     user: str
     """The name behind the user's pseudonym."""
     on_behalf: bool = False
+    """It may speak for users that a header or the body names."""
+    session: str = ""
+    """The session that a token or the proxy names; empty: the client names it."""
+    address: str = ""
+    """The client's address as the proxy saw it."""
+    limit: Limit | None = None
+    meter: str = ""
+    """What the use of is counted together: the API key, or the tenant's user."""
 
     def __repr__(self) -> str:
         return f"Principal(tenant={self.tenant!r}, key_id={self.key_id!r}, on_behalf={self.on_behalf})"
 
 
-class _KeyTable(Struct, forbid_unknown_fields=True, kw_only=True):
+class NotKnown(Exception):
+    """Credentials that let nobody in. `reason` is a fixed word for the event."""
+
+    def __init__(self, reason: str, principal: Principal | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.principal = principal
+        """Whose they were, where that is certain: a key that has expired or was revoked."""
+
+
+class KeyTable(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """One API key in the file. Moments are TOML's, with an offset or Z."""
+
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     tenant: Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")] = "default"
     user: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     on_behalf: bool = False
+    not_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    revoked: bool = False
+    """Refused like a key that is not there, but its use is told by name."""
+    limits: Limit | None = None
+
+
+class _Known(NamedTuple):
+    blinded: bytes
+    principal: Principal
+    not_before_s: float
+    expires_s: float
+    revoked: bool
 
 
 class KeyRing:
@@ -179,49 +221,50 @@ class KeyRing:
     A look-up compares digests under a key of this process, so that its time says nothing about the hashes stored.
     """
 
-    __slots__ = ("_blind", "_owners")
+    __slots__ = ("_blind", "_known")
 
     def __init__(self, tables: Mapping[str, object]) -> None:
         """`tables`: key id to its table, as `new_api_key` makes them. Raises KeyProblem."""
         if len(tables) > API_KEYS_MAX:
             raise KeyProblem(f"{len(tables)} API keys are more than the {API_KEYS_MAX} that one file may hold")
         self._blind = secrets.token_bytes(KEY_BYTES)
-        self._owners: dict[bytes, Principal] = {}
+        self._known: dict[bytes, _Known] = {}
         for key_id, raw in tables.items():
             if not _KEY_ID.match(key_id):
                 raise KeyProblem("an API key's table is named by 1 to 64 letters, digits, - and _")
             try:
-                table = msgspec.convert(raw, _KeyTable)
+                table = msgspec.convert(raw, KeyTable)
             except msgspec.ValidationError as error:
                 raise KeyProblem(f"API key [{key_id}]: {_without_values(error)}") from None
             blinded = self._blinded(bytes.fromhex(table.sha256))
-            if blinded in self._owners:
-                raise KeyProblem(f"API keys [{self._owners[blinded].key_id}] and [{key_id}] are the same key")
-            self._owners[blinded] = Principal(table.tenant, key_id, table.user, table.on_behalf)
+            if blinded in self._known:
+                raise KeyProblem(f"API keys [{self._known[blinded].principal.key_id}] and [{key_id}] are the same key")
+            self._known[blinded] = _known(key_id, table, blinded)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """The keys in a TOML file, one table for each key id. Raises KeyProblem naming the file and what to do."""
-        try:
-            shared = path.stat().st_mode & 0o022
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise KeyProblem(f"{path}: no such file of API keys; `inferwatch keys add` makes one") from None
-        except OSError as error:
-            raise KeyProblem(f"{path}: the file of API keys can't be read ({error.strerror})") from None
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError):
-            raise KeyProblem(f"{path}: the file of API keys is not valid TOML") from None
-        if shared:
-            raise KeyProblem(f"{path}: other users can write to this file of API keys; run chmod go-w {path}")
+        tables = read_key_tables(path)
         try:
             return cls(tables)
         except KeyProblem as error:
             raise KeyProblem(f"{path}: {error}") from None
 
-    def owner(self, secret: str | bytes) -> Principal | None:
-        """Whose key this is; None for a key that is not known."""
+    def owner(self, secret: str | bytes, now_s: float) -> Principal | None:
+        """Whose key this is at a moment (seconds since the epoch); None for a key that is not known.
+
+        Raises `NotKnown` with its owner for one that was revoked, has expired or is not valid yet.
+        """
         raw = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
-        return self._owners.get(self._blinded(hashlib.sha256(raw).digest()))
+        blinded = self._blinded(hashlib.sha256(raw).digest())
+        known = self._known.get(blinded)
+        if known is None or not hmac.compare_digest(known.blinded, blinded):
+            return None
+        if known.revoked:
+            raise NotKnown("revoked_key", known.principal)
+        if not known.not_before_s <= now_s < known.expires_s:
+            raise NotKnown("expired_key" if now_s >= known.expires_s else "early_key", known.principal)
+        return known.principal
 
     def _blinded(self, digest: bytes) -> bytes:
         return hmac.digest(self._blind, digest, "sha256")
@@ -229,10 +272,35 @@ class KeyRing:
     @property
     def tenants(self) -> frozenset[str]:
         """The tenants that have a key."""
-        return frozenset(principal.tenant for principal in self._owners.values())
+        return frozenset(known.principal.tenant for known in self._known.values())
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return len(self._known)
+
+
+def _known(key_id: str, table: KeyTable, blinded: bytes) -> _Known:
+    begins_s = table.not_before.timestamp() if table.not_before else -inf
+    ends_s = table.expires.timestamp() if table.expires else inf
+    if begins_s >= ends_s:
+        raise KeyProblem(f"API key [{key_id}]: it expires before it begins")
+    principal = Principal(table.tenant, key_id, table.user, table.on_behalf, limit=table.limits, meter=key_id)
+    return _Known(blinded, principal, begins_s, ends_s, table.revoked)
+
+
+def read_key_tables(path: Path) -> dict[str, object]:
+    """The tables in the file of API keys, unchecked. Raises KeyProblem naming the file and what to do."""
+    try:
+        shared = path.stat().st_mode & 0o022
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KeyProblem(f"{path}: no such file of API keys; `inferwatch keys api` makes one") from None
+    except OSError as error:
+        raise KeyProblem(f"{path}: the file of API keys can't be read ({error.strerror})") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        raise KeyProblem(f"{path}: the file of API keys is not valid TOML") from None
+    if shared:
+        raise KeyProblem(f"{path}: other users can write to this file of API keys; run chmod go-w {path}")
+    return tables
 
 
 def new_api_key(

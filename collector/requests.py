@@ -3,16 +3,25 @@
 Pure functions of the ASGI scope, but for `read_body`. Raises `Refusal`, whose words never quote the request.
 """
 
+import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
 
 from collector.audit import Auditor
-from collector.context import Caller
+from collector.context import Caller, Exchange
+from collector.identity import NotKnown, Principal
+from collector.limits import LimitReached
 from collector.routes import Route, find, label
 
 _SINGLE: Final = frozenset({b"authorization", b"x-api-key", b"x-session-id", b"x-user-id", b"content-type", b"host"})
 """Headers of which a request has at most one: of two, this gate and the next server might each take another."""
+
+
+_SECRET: Final = re.compile(rb"[!-+\--~]{1,8192}")
+"""Visible ASCII without a comma."""
+NO_BODY: Final[Mapping[str, object]] = {}
 
 
 class Refusal(Exception):
@@ -24,7 +33,9 @@ class Refusal(Exception):
 
     def body(self) -> bytes:
         """The answer, in the shape of OpenAI's errors."""
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(self.status, "invalid_request_error")
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error"
+        )
         kind = "server_error" if self.status >= 500 else kind
         error = {"message": self.sentence, "type": kind, "param": None, "code": self.reason}
         return json.dumps({"error": error}).encode()
@@ -53,32 +64,59 @@ def _address(scope: Mapping[str, Any]) -> str:
     return str(client[0]) if client else ""
 
 
-def caller_of(scope: Mapping[str, Any], auditor: Auditor, body: Mapping[str, object]) -> Caller:
-    """Who asks, by the API key. Raises `Refusal`: 401 without a known key, 400 for doubled headers.
+def caller_of(
+    scope: Mapping[str, Any], auditor: Auditor, at_hand: Exchange, body: Mapping[str, object] = NO_BODY
+) -> Caller:
+    """Who asks, by the one API key, token or trusted proxy; `at_hand.principal` is set, so doors are asked once.
 
-    A key with `on_behalf` names the user it speaks for by the header `x-user-id` or the body's `user`; with any other
-    key it is the key's own user, whatever the request says. The session is `x-session-id` or the body's `session_id`.
+    Raises `Refusal`: 401 for who is not known, 400 where headers are doubled or have two meanings. A key with
+    `on_behalf` names the user it speaks for by the header `x-user-id` or the body's `user`; with any other key it is
+    the key's own user, whatever the request says. The session is that of token or proxy, else `x-session-id` or the
+    body's `session_id`.
     """
-    headers = _headers(scope)
-    secret = _secret(headers)
-    principal = auditor.keys.owner(secret) if secret else None
+    headers = _headers(scope, auditor.identity.headers)
+    principal = at_hand.principal
     if principal is None:
-        raise Refusal(
-            401,
-            "wrong_key" if secret else "no_key",
-            "A valid API key is needed: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
-            ((b"www-authenticate", b"Bearer"),),
-        )
+        try:
+            principal = auditor.identity.principal(headers, _secret(headers), scope)
+        except NotKnown as refused:
+            if refused.principal is not None:
+                at_hand.caller = _caller(scope, auditor, refused.principal, refused.principal.user, "")
+            raise _not_known(refused.reason) from None
+        at_hand.principal = principal
     user = principal.user
     if principal.on_behalf:
         user = _header_text(headers, b"x-user-id") or _string(body, "user") or user
+    session = principal.session or _header_text(headers, b"x-session-id") or _string(body, "session_id")
+    return _caller(scope, auditor, principal, user, session)
+
+
+def _caller(scope: Mapping[str, Any], auditor: Auditor, principal: Principal, user: str, session: str) -> Caller:
     return auditor.caller(
         principal.tenant,
         key_id=principal.key_id,
         user=user,
-        session=_header_text(headers, b"x-session-id") or _string(body, "session_id"),
-        address=_address(scope),
+        session=session,
+        address=principal.address or _address(scope),
     )
+
+
+def _not_known(reason: str) -> Refusal:
+    """The same sentence for all: who tries keys learns nothing of them. What it was is in the event."""
+    said = "A valid API key is needed: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+    return Refusal(401, reason, said, ((b"www-authenticate", b"Bearer"),))
+
+
+def admit(auditor: Auditor, at_hand: Exchange) -> None:
+    """Count the request against the limits of its key. Raises `Refusal`: 429, or 503 where no more keys are counted."""
+    if at_hand.principal is None:
+        return
+    try:
+        at_hand.lease = auditor.identity.admit(at_hand.principal)
+    except LimitReached as reached:
+        status = 503 if reached.reason == "limits_full" else 429
+        after = (b"retry-after", str(reached.retry_after_s).encode())
+        raise Refusal(status, reached.reason, reached.sentence, (after,)) from None
 
 
 def _header_text(headers: Mapping[bytes, bytes], name: bytes) -> str:
@@ -86,11 +124,11 @@ def _header_text(headers: Mapping[bytes, bytes], name: bytes) -> str:
     return headers.get(name, b"").decode("utf-8", "surrogateescape")
 
 
-def _headers(scope: Mapping[str, Any]) -> dict[bytes, bytes]:
+def _headers(scope: Mapping[str, Any], more: frozenset[bytes]) -> dict[bytes, bytes]:
     """The headers of interest. Raises `Refusal` where one comes twice."""
     found: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
-        if name in _SINGLE:
+        if name in _SINGLE or name in more:
             if name in found:
                 raise Refusal(400, "doubled_header", "A header that may come once came twice.")
             found[name] = value
@@ -98,11 +136,16 @@ def _headers(scope: Mapping[str, Any]) -> dict[bytes, bytes]:
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> bytes:
-    """The API key as it was sent; empty for none. Raises `Refusal` for two different ones."""
+    """The API key or token as it was sent; empty for none. Raises `Refusal` where it can be read in two ways.
+
+    One space after `Bearer`, then visible ASCII without a comma: two headers that a proxy joined are not one key.
+    """
     scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-    bearer = bearer.strip() if scheme.lower() == b"bearer" else b""
-    other = headers.get(b"x-api-key", b"").strip()
-    if bearer and other and bearer != other:
+    bearer = bearer if scheme.lower() == b"bearer" else b""
+    other = headers.get(b"x-api-key", b"")
+    if any(secret and not _SECRET.fullmatch(secret) for secret in (bearer, other)):
+        raise Refusal(400, "malformed_key", "The API key has characters that no key has.")
+    if bearer and other and not hmac.compare_digest(bearer, other):
         raise Refusal(401, "two_keys", "Two different API keys were sent.")
     return bearer or other
 

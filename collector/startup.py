@@ -4,13 +4,14 @@ What can be wrong on this host is found before Kafka is asked. Every failure is 
 """
 
 import asyncio
+from functools import partial
 
 import structlog
 
 from collector.audit import Auditor
 from collector.config import CollectorConfig
+from collector.doors import open_identity
 from collector.guards.stack import GuardStack
-from collector.identity import KeyProblem, KeyRing, Pseudonyms, load_tenant_key
 from collector.kafka import KafkaConfig, wait_for_broker
 from collector.publisher import Publisher
 from collector.weights import Model
@@ -23,25 +24,9 @@ def check(kafka: KafkaConfig, config: CollectorConfig) -> None:
 
     Raises KeyProblem, GuardRefused or BrokerAway.
     """
-    _identity(config)
+    open_identity(config.identity, config.gate.tenant)
     GuardStack(config.guards).close()
     asyncio.run(wait_for_broker(kafka, config.publisher.start_timeout_ms / 1000))
-
-
-def _identity(config: CollectorConfig) -> tuple[KeyRing, dict[str, Pseudonyms]]:
-    identity = config.identity
-    if identity.api_keys_file is None:
-        raise KeyProblem("there are no API keys: name their file as api_keys_file in [collector.identity]")
-    keys = KeyRing.load(identity.api_keys_file)
-    pseudonyms = {
-        tenant: Pseudonyms(
-            load_tenant_key(identity.key_dir, tenant),
-            prompt_hash=identity.prompt_hash,
-            minhash_chars_max=identity.minhash_chars_max,
-        )
-        for tenant in sorted(keys.tenants | {config.gate.tenant})
-    }
-    return keys, pseudonyms
 
 
 def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, config_digest: str = "") -> Auditor:
@@ -49,7 +34,7 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
 
     Raises KeyProblem, GuardRefused, BrokerAway, TopicMismatch, ClockApart or OSError.
     """
-    keys, pseudonyms = _identity(config)
+    identity = open_identity(config.identity, config.gate.tenant)
     guards = GuardStack(config.guards)
     publisher = Publisher(
         kafka,
@@ -60,12 +45,14 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         config_digest=config_digest,
     )
     publisher.start()
-    log.info("the collector is open", model_version=model.version, guards=guards.versions, tenants=len(pseudonyms))
+    log.info(
+        "the collector is open", model_version=model.version, guards=guards.versions, tenants=len(identity.tenants)
+    )
+    identity.watch(partial(publisher.change, key=""), config.identity.reload_s)
     return Auditor(
         publisher,
         guards,
-        pseudonyms,
-        keys,
+        identity,
         config.gate,
         model_version=model.version,
         weights_digest=model.digest,

@@ -10,6 +10,7 @@ import pytest
 
 from collector.audit import Auditor
 from collector.context import exchange
+from collector.doors import Identity
 from collector.gate import Gate
 from collector.guards.config import GuardsConfig
 from collector.guards.protocol import Judgement, Probe
@@ -107,8 +108,9 @@ class Site:
         self.auditor = Auditor(
             self.publisher,  # type: ignore[arg-type]  # the recorder has what the auditor calls
             guards,
-            {"default": Pseudonyms(bytes(range(32)))},
-            KeyRing({key_id: table, proxy_id: proxy}),
+            Identity(
+                keys=KeyRing({key_id: table, proxy_id: proxy}), pseudonyms={"default": Pseudonyms(bytes(range(32)))}
+            ),
             config,
             model_version="m@1",
         )

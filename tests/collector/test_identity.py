@@ -206,7 +206,7 @@ def test_keys_and_names_are_in_no_repr() -> None:
     """What a log or a traceback could show holds no key, no secret, no user's name."""
     secret, key_id, table = new_api_key(user=CANARY)
     ring = KeyRing({key_id: table})
-    owner = ring.owner(secret)
+    owner = ring.owner(secret, 0)
     shown = repr((Pseudonyms(KEY), ring, owner, MinHash(KEY)))
     assert CANARY not in shown
     assert secret not in shown
@@ -230,15 +230,15 @@ def test_a_key_ring_knows_its_keys_and_no_others(tmp_path: Path) -> None:
     made = [new_api_key(user="alice"), new_api_key(user="gateway", tenant="acme", on_behalf=True)]
     path = _write(tmp_path / "keys.toml", *((key_id, table) for _, key_id, table in made))
     ring = KeyRing.load(path)
-    assert [ring.owner(secret) for secret, _, _ in made] == [
-        Principal("default", made[0][1], "alice", False),
-        Principal("acme", made[1][1], "gateway", True),
+    assert [ring.owner(secret, 0) for secret, _, _ in made] == [
+        Principal("default", made[0][1], "alice", False, meter=made[0][1]),
+        Principal("acme", made[1][1], "gateway", True, meter=made[1][1]),
     ]
     assert ring.tenants == {"default", "acme"}
     assert len(ring) == 2
     secret = made[0][0]
     for wrong in (secret[:-1], secret + "x", secret.upper(), "", "\ud800", b"\xff", made[0][2]["sha256"]):
-        assert ring.owner(str(wrong) if not isinstance(wrong, bytes) else wrong) is None
+        assert ring.owner(str(wrong) if not isinstance(wrong, bytes) else wrong, 0) is None
     assert all(secret not in path.read_text() for secret, _, _ in made)
 
 
