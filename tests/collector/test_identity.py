@@ -115,13 +115,19 @@ def test_minhash_is_keyed_and_of_the_normal_form() -> None:
     assert len(MinHash(KEY).encode(text)) == 344
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 6, 2051, 2052, 2053, 9000])
-def test_the_two_ways_to_compute_a_signature_agree(size: int) -> None:
-    """Long texts are computed otherwise, place by place; a text in front of the bound gives the plain definition."""
-    text = "".join(random.Random(size).choices("abcdefghij ", k=size))  # noqa: S311  # no secret
-    signer = MinHash(KEY, chars_max=8192)
-    hashes = [int(h) for h in signer._shingles(text[:8192])]
-    expected = [min(h * int(m) % 2**32 for h in hashes) for m in signer._multipliers]
+@pytest.mark.parametrize("size", [1, 4, 5, 6, 403, 404, 405, 1027, 1028, 1029, 2053, 9000])
+def test_every_way_to_compute_a_signature_gives_the_plain_definition(size: int) -> None:
+    """Short and long texts are computed otherwise, long ones block by block."""
+    text = "".join(random.Random(size).choices("abcdefghiä😀 ", k=size))  # noqa: S311  # no secret
+    signer, wrap = MinHash(KEY, chars_max=8192), 2**64
+    codes = [ord(character) for character in text[:8192].ljust(5, "\0")]
+    powers = [int(power) for power in signer._powers]
+    expected = [2**32] * 64
+    for start in range(len(codes) - 4):
+        mixed = sum(code * power for code, power in zip(codes[start : start + 5], powers, strict=True)) % wrap
+        mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 % wrap
+        low = (mixed ^ mixed >> 32) % 2**32
+        expected = [min(least, low * int(m) % 2**32) for least, m in zip(expected, signer._multipliers, strict=True)]
     assert [int(place) for place in signer.signature(text)] == expected
 
 
