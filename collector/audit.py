@@ -53,6 +53,9 @@ class EngineRequest(NamedTuple):
     n: int = 1
     stream: bool = False
     adapter: Adapter | None = None
+    model_version: str = ""
+    """Where one process serves several models; empty: the process's own."""
+    weights_digest: str = ""
 
     def __repr__(self) -> str:
         return f"EngineRequest({self.operation}, {self.prompt_tokens} tokens)"
@@ -67,6 +70,7 @@ class Timing(NamedTuple):
 
 
 _UNTIMED: Final = Timing()
+_NOTHING: Final[Mapping[str, object]] = {}
 
 
 class Audit:
@@ -108,8 +112,12 @@ class Audit:
         timing: Timing = _UNTIMED,
         reason: str = "",
         http_status: int = 0,
+        told: Mapping[str, object] = _NOTHING,
     ) -> None:
-        """Write the event. Raises `Unaudited` where that fails: then the answer must not leave."""
+        """Write the event; `told`: fields learnt only from the answer.
+
+        Raises `Unaudited` where that fails: then the answer must not leave.
+        """
         if self.closed:
             return
         fields: dict[str, object] = {
@@ -118,6 +126,7 @@ class Audit:
             "reason": reason,
             "http_status": http_status,
             "latency_ms": max(0.0, (self._auditor.clock_s() - self._started_s) * 1000),
+            **told,
         }
         if answer is not None:
             fields |= {"response_tokens": answer.token_count, "finish_reason": answer.finish_reason}
@@ -253,9 +262,12 @@ class Auditor:
         }
         if request.adapter is not None:
             known["adapter"] = request.adapter
+        if request.model_version:
+            known |= {"model_version": request.model_version, "weights_digest": request.weights_digest}
         if at_hand is not None:
             known["http_request_id"] = at_hand.http_request_id
             known["route"] = at_hand.route
+            known["trace_id"] = at_hand.trace_id
             known["operation"] = at_hand.operation or request.operation
         return known
 
@@ -282,6 +294,7 @@ class Auditor:
                 http_request_id=at_hand.http_request_id,
                 route=at_hand.route,
                 operation=at_hand.operation,
+                trace_id=at_hand.trace_id,
                 latency_ms=max(0.0, latency_s * 1000),
             )
         except Exception as error:  # noqa: BLE001 - as above

@@ -77,6 +77,7 @@ class Exchange:
     """Engine requests that were begun for it; each has its event."""
     rejected: bool = False
     client_gone: bool = False
+    trace_id: str = ""
 
     def judged(self, rendered: str) -> Judged | None:
         """The gate's verdict on the engine request at hand, or None where it gave none on this very prompt.

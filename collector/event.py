@@ -134,6 +134,11 @@ class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False
     """Whether the gate saw messages, or only the rendered prompt was at hand."""
     key_epoch: Name = ""
     chain: Digest = ""
+    trace_id: Annotated[str, Meta(max_length=32)] = ""
+    """The W3C trace id that the client sent: where its spans and ours meet."""
+    tokens_from: Literal["usage", "chunks", "shared", "unknown", ""] = ""
+    """Who counted the tokens; empty: the engine. Behind a proxy: the upstream's `usage`, else the `chunks` of its
+    stream; `shared`: its usage of several prompts, shared out over their events; `unknown`: it told none."""
 
 
 class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="rejection"):

@@ -19,9 +19,10 @@ import structlog
 from collector.audit import Auditor, Unaudited
 from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
-from collector.prompt import PromptView, TooDeep, views
-from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, route_of, stranger
-from collector.routes import Route, unknown
+from collector.prompt import Body, PromptView, TooDeep, views
+from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
+from collector.routes import VLLM, Route, RouteTable
+from collector.trace import trace_id
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +31,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Reader = Callable[[str, Body], tuple[PromptView, ...]]
 
 REQUEST_ID_HEADER: Final = b"inferwatch-request-id"
 _INLINE_CHARS_MAX: Final = 2_000
@@ -41,11 +43,21 @@ class Gate:
 
     `auditor`: gives the process's auditor for a scope of the app; blocking, called once, off the event loop, at the
     server's start or, where the server has no lifespan, at the first request. What it raises stops the server's start.
-    `stop`: called at the end of the server, blocking.
+    `stop`: called at the end of the server, blocking. `routes`: the table of the server behind. `read`: gives the
+    prompts of a body by the route's operation; what it refuses as a `Refusal` does not pass.
     """
 
-    def __init__(self, app: App, *, auditor: Callable[[Scope], Auditor], stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        auditor: Callable[[Scope], Auditor],
+        stop: Callable[[], None],
+        routes: RouteTable = VLLM,
+        read: Reader = views,
+    ) -> None:
         self._app, self._open, self._stop = app, auditor, stop
+        self._routes, self._read = routes, read
         self._auditor: Auditor | None = None
         self._opening = asyncio.Lock()
         self._buffered_bytes = 0
@@ -82,7 +94,7 @@ class Gate:
         async with self._opening:
             if self._auditor is None:
                 self._auditor = await asyncio.to_thread(self._open, scope)
-                _tell_unknown_routes(scope)
+                _tell_unknown_routes(scope, self._routes)
         return self._auditor
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +104,7 @@ class Gate:
             _tell("the gate is not open, a request is refused", error)
             await _refuse(send, _unavailable(), "")
             return
-        at_hand = Exchange(uuid7(), NOBODY)
+        at_hand = Exchange(uuid7(), NOBODY, trace_id=trace_id(scope["headers"]))
         try:
             await self._answer(auditor, scope, receive, send, at_hand)
         finally:
@@ -137,7 +149,7 @@ class Gate:
     def _admit(self, auditor: Auditor, scope: Scope, at_hand: Exchange) -> Route:
         """Who asks for what. The key comes first: strangers do not learn which routes there are."""
         path, gate = path_of(scope), auditor.gate
-        route, at_hand.route = route_of(scope["method"], path)
+        route, at_hand.route = self._routes.find(scope["method"], path), self._routes.label(scope["method"], path)
         if scope["method"] == "GET" and path in gate.open_routes:
             return route or Route("refused", "")
         at_hand.caller = caller_of(scope, auditor, at_hand)
@@ -183,7 +195,7 @@ class Gate:
         if body.get("background"):
             raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
         try:
-            prompts = views(route.operation, body)
+            prompts = self._read(route.operation, body)
         except TooDeep:
             raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
         caller = at_hand.caller
@@ -303,9 +315,9 @@ def _tell(what: str, error: Exception) -> None:
     log.error(what, error=type(error).__name__)
 
 
-def _tell_unknown_routes(scope: Scope) -> None:
+def _tell_unknown_routes(scope: Scope, table: RouteTable) -> None:
     """Say once which routes of this server the table has never heard of."""
     routes = getattr(scope.get("app"), "routes", ())
     rows = [f"{method} {route.path}" for route in routes for method in getattr(route, "methods", None) or ()]
-    if new := unknown(rows):
+    if new := table.unknown(rows):
         log.warning("this server has routes that inferwatch does not know; they are refused", routes=new)

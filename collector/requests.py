@@ -13,12 +13,12 @@ from collector.audit import Auditor
 from collector.context import Caller, Exchange
 from collector.identity import NotKnown, Principal
 from collector.limits import LimitReached
-from collector.routes import Route, find, label
 
-_SINGLE: Final = frozenset({b"authorization", b"x-api-key", b"x-session-id", b"x-user-id", b"content-type", b"host"})
+_SINGLE: Final = frozenset(
+    {b"authorization", b"x-api-key", b"x-session-id", b"x-user-id", b"content-type", b"content-length", b"host"}
+)
 """Headers of which a request has at most one: of two, this gate and the next server might each take another."""
-
-
+_CLOSE: Final = ((b"connection", b"close"),)
 _SECRET: Final = re.compile(rb"[!-+\--~]{1,8192}")
 """Visible ASCII without a comma."""
 NO_BODY: Final[Mapping[str, object]] = {}
@@ -47,11 +47,6 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if raw is not None and raw.partition(b"?")[0] != path.encode("utf-8", "surrogatepass"):
         return ""
     return path
-
-
-def route_of(method: str, path: str) -> tuple[Route | None, str]:
-    """The table's row and the route's name for the event."""
-    return find(method, path), label(method, path)
 
 
 def stranger(scope: Mapping[str, Any], auditor: Auditor) -> Caller:
@@ -132,6 +127,11 @@ def _headers(scope: Mapping[str, Any], more: frozenset[bytes]) -> dict[bytes, by
             if name in found:
                 raise Refusal(400, "doubled_header", "A header that may come once came twice.")
             found[name] = value
+        elif name == b"transfer-encoding":
+            found[name] = value
+    if b"transfer-encoding" in found and b"content-length" in found:
+        # RFC 9112, 6.1: whoever stands before us may have taken the other one, so the connection ends here.
+        raise Refusal(400, "two_lengths", "The request says its length in two ways.", _CLOSE)
     return found
 
 

@@ -84,26 +84,33 @@ ROUTES: Final[Mapping[str, Route]] = {
 }
 """`METHOD /path` to its treatment, paths as the server's router spells them."""
 
-_PATHS: Final = frozenset(row.partition(" ")[2] for row in ROUTES)
+
+class RouteTable:
+    """The routes of one kind of server. Immutable."""
+
+    def __init__(self, rows: Mapping[str, Route]) -> None:
+        self.rows = rows
+        self._paths = frozenset(row.partition(" ")[2] for row in rows)
+
+    def find(self, method: str, path: str) -> Route | None:
+        """The row of a request. Exact: no other case, no trailing slash, no pattern; refused patterns are not found."""
+        return self.rows.get(f"{method} {path}")
+
+    def label(self, method: str, path: str) -> str:
+        """A route's name for the event: `METHOD /path` where the path is in the table, else only that it is not.
+
+        What a client invents as a path is the client's text.
+        """
+        known = path in self._paths and method in {"GET", "POST", "HEAD", "DELETE", "PUT", "PATCH", "OPTIONS"}
+        return f"{method} {path}" if known else "unlisted"
+
+    def unknown(self, routes: Iterable[str]) -> list[str]:
+        """Which of the server's `METHOD /path` rows this version has never heard of."""
+        return sorted(set(routes) - self.rows.keys())
 
 
-def find(method: str, path: str) -> Route | None:
-    """The row of a request. Exact: no other case, no trailing slash, no pattern; so refused patterns are not found."""
-    return ROUTES.get(f"{method} {path}")
-
-
-def label(method: str, path: str) -> str:
-    """A route's name for the event: `METHOD /path` where the path is in the table, else only that it is not.
-
-    What a client invents as a path is the client's text.
-    """
-    known = path in _PATHS and method in {"GET", "POST", "HEAD", "DELETE", "PUT", "PATCH", "OPTIONS"}
-    return f"{method} {path}" if known else "unlisted"
-
-
-def unknown(routes: Iterable[str]) -> list[str]:
-    """Which of the server's `METHOD /path` rows this version has never heard of."""
-    return sorted(set(routes) - ROUTES.keys())
+VLLM: Final = RouteTable(ROUTES)
+find, label, unknown = VLLM.find, VLLM.label, VLLM.unknown
 
 
 class GateConfig(BaseModel):

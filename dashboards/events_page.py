@@ -10,7 +10,7 @@ from dashboards.panel import Row
 from dashboards.scope import VALUE_CHARACTERS_MAX, Scope, moment_ms
 from dashboards.units import MISSING, clock, exact, short
 
-FILTERS: Final = ("user", "session", "api_key", "address", "model", "prompt", "event", "only")
+FILTERS: Final = ("user", "session", "api_key", "address", "model", "prompt", "event", "trace", "only")
 HEADS: Final = (
     "Time (UTC)",
     "Status",

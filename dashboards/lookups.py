@@ -36,6 +36,7 @@ EVENTS: Final = put_in(
         AND ({model:String} = '' OR model_version = {model:String})
         AND ({prompt:String} = '' OR prompt_hash = {prompt:String})
         AND ({event:String} = '' OR event_id = {event:String})
+        AND ({trace:String} = '' OR trace_id = {trace:String})
         AND ({only:String} != 'blocked' OR blocked)
     ORDER BY timestamp DESC, event_id DESC LIMIT {rows:UInt32}
     """,

@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS events
     view                LowCardinality(String),
     key_epoch           LowCardinality(String),
     chain               String                 CODEC(ZSTD(1)),
+    trace_id            String                 CODEC(ZSTD(1)),
+    tokens_from         LowCardinality(String),
     guard_names         Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_versions      Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_stages        Array(LowCardinality(String)) CODEC(ZSTD(1)),
@@ -65,7 +67,8 @@ CREATE TABLE IF NOT EXISTS events
     INDEX by_prompt prompt_hash TYPE bloom_filter(0.01) GRANULARITY 4,
     INDEX by_event event_id TYPE bloom_filter(0.01) GRANULARITY 4,
     INDEX by_session session_id TYPE bloom_filter(0.01) GRANULARITY 4,
-    INDEX by_user user_id TYPE bloom_filter(0.01) GRANULARITY 4
+    INDEX by_user user_id TYPE bloom_filter(0.01) GRANULARITY 4,
+    INDEX by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 4
 )
 ENGINE = ReplacingMergeTree
 PARTITION BY toYYYYMMDD(append_time)
@@ -73,6 +76,11 @@ PRIMARY KEY (tenant, timestamp)
 ORDER BY (tenant, timestamp, event_id, kafka_partition, kafka_offset)
 TTL toDateTime(append_time) + toIntervalDay(:events_days)
 SETTINGS ttl_only_drop_parts = 1, non_replicated_deduplication_window = 10000;
+
+-- A table that an earlier version made gets the columns that came later.
+ALTER TABLE events ADD COLUMN IF NOT EXISTS trace_id String CODEC(ZSTD(1)) AFTER chain;
+ALTER TABLE events ADD COLUMN IF NOT EXISTS tokens_from LowCardinality(String) AFTER trace_id;
+ALTER TABLE events ADD INDEX IF NOT EXISTS by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 4;
 
 -- Minute counters, for panels over days. Late rows count, duplicates and quarantined rows do not. `latency_buckets`
 -- counts answered requests by toString(floor(8 * log2(latency_ms + 1))): buckets 9 % wide, which add up exactly.

@@ -92,6 +92,8 @@ RECORDS: dict[str, AnyRecord] = {
         minhash="AAAA" * 85 + "AA==",
         view="messages",
         chain="sha256:" + "f" * 64,
+        trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
+        tokens_from="usage",
     ),
     "rejection": Rejection(
         **STAMP,

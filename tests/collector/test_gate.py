@@ -323,6 +323,25 @@ async def test_a_header_that_decides_may_come_once(site: Site, name: str) -> Non
     assert site.reasons == [("doubled_header", 400)]
 
 
+async def test_a_length_said_in_two_ways_ends_the_connection(site: Site) -> None:
+    """Who stands before the gate may have read the other one."""
+    headers = [("content-length", "2"), ("transfer-encoding", "chunked")]
+    answer = await site.send("POST", CHAT, headers=headers, content=b"{}")
+    assert (answer.status_code, answer.headers["connection"], site.app.bodies) == (400, "close", [])
+    assert site.reasons == [("two_lengths", 400)]
+
+
+async def test_the_trace_id_is_on_every_event_of_the_request(site: Site) -> None:
+    """Requests that pass and requests that do not."""
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = [("traceparent", f"00-{trace}-00f067aa0ba902b7-01")]
+    await site.send("POST", CHAT, headers=headers, json=BODY)
+    await site.send("POST", CHAT, key="wrong", headers=headers, json=BODY)
+    await site.send("POST", CHAT, key="wrong", headers=[("traceparent", "words")], json=BODY)
+    assert site.app.exchanges[0].trace_id == trace
+    assert [fields["trace_id"] for fields in site.publisher.rejections] == [trace, ""]
+
+
 @pytest.mark.parametrize(
     ("status", "engine_requests", "error", "expected"),
     [

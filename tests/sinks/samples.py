@@ -158,6 +158,8 @@ def event(number: int = 0, cls: type[AuditEvent] = AuditEvent, **fields: Any) ->
         "view": "messages",
         "key_epoch": "2026-11",
         "chain": "hmac:03",
+        "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+        "tokens_from": "usage",
     }
     return cls(**(values | fields))
 

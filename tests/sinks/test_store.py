@@ -308,7 +308,7 @@ def test_a_server_that_is_away_is_one_sentence(tmp_path):
 def test_the_schema_has_no_placeholder_left():
     """Each statement is whole."""
     statements = schema(StoreConfig())
-    assert len(statements) == 7
+    assert len(statements) == 10
     assert all(statement.startswith("CREATE ") and "_days" not in statement for statement in statements)
 
 
