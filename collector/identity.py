@@ -46,6 +46,8 @@ def create_key_file(path: Path) -> None:
         raise KeyProblem(f"{path} exists: a new key would break the link to all earlier events") from None
     with os.fdopen(handle, "w", encoding="ascii") as file:
         file.write(secrets.token_hex(KEY_BYTES) + "\n")
+        file.flush()
+        os.fsync(handle)
 
 
 def load_key(path: Path) -> bytes:
@@ -81,9 +83,19 @@ def _refuse_shared(path: Path, status: os.stat_result) -> None:
 
 def load_tenant_key(key_dir: Path, tenant: str) -> bytes:
     """The key of a tenant, `KEY_DIR/TENANT.key`. Raises KeyProblem."""
+    check_tenant(tenant)
+    return load_key(key_dir / f"{tenant}.key")
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises KeyProblem where the name can't be a tenant's: it names files."""
     if not _TENANT.match(tenant):
         raise KeyProblem("a tenant's name is 1 to 63 of a-z, 0-9, - and _, and starts with a letter or digit")
-    return load_key(key_dir / f"{tenant}.key")
+
+
+def epoch_of(tenant_key: bytes) -> str:
+    """The name of a key in events: a fingerprint, from which nothing of the key can be told."""
+    return "e_" + _derive(tenant_key, "epoch")[:4].hex()
 
 
 # -- pseudonyms and digests
@@ -105,7 +117,7 @@ class Pseudonyms:
         """`epoch` names the key in events; by default a fingerprint of it. Raises KeyProblem where the key is short."""
         if len(tenant_key) < KEY_BYTES:
             raise KeyProblem(f"a tenant's key has at least {KEY_BYTES} bytes")
-        self.epoch = epoch or "e_" + _derive(tenant_key, "epoch")[:4].hex()
+        self.epoch = epoch or epoch_of(tenant_key)
         self.prompt_hash = prompt_hash
         # A key of its own for each purpose, so that no digest of one kind says anything about another kind.
         self._names = {kind: hmac.new(_derive(tenant_key, kind), digestmod="sha256") for kind in "uska"}
@@ -144,7 +156,7 @@ class Pseudonyms:
             return ""
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         if self.prompt_hash == "sha256":
-            return "sha256:" + hashlib.sha256(raw).hexdigest()
+            return plain_digest(raw)
         digest = self._digest.copy()
         digest.update(raw)
         return "hmac:" + digest.hexdigest()
@@ -152,6 +164,11 @@ class Pseudonyms:
     def minhash(self, text: str) -> str:
         """The keyed MinHash of a text, base64 of 64 little-endian uint32; empty for an empty text."""
         return self._minhash.encode(text)
+
+
+def plain_digest(raw: bytes) -> str:
+    """`sha256:HEX`: under no key, so that whoever has it can try texts."""
+    return "sha256:" + hashlib.sha256(raw).hexdigest()
 
 
 def _derive(key: bytes, purpose: str) -> bytes:

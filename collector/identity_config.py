@@ -102,6 +102,9 @@ class IdentityConfig(BaseModel):
         "hmac", description="hmac: under the tenant's key. sha256: plain, so that short prompts can be guessed"
     )
     minhash_chars_max: int = Field(8192, ge=64, le=1_000_000, description="Text beyond this is left out of the MinHash")
+    epoch_days_min: int = Field(
+        90, ge=0, le=36_500, description="A key epoch lasts at least this long: the longest window that looks back"
+    )
     reload_s: float = Field(2.0, ge=0.1, le=3_600, description="How often it is looked whether a file of keys changed")
     limits: LimitsConfig = Field(LimitsConfig(), description="What a key may use that has no limits of its own")
     tokens: TokensConfig | None = Field(None, description="JSON Web Tokens of an identity provider")

@@ -1,5 +1,8 @@
 """What people tell the lifecycle: acknowledge, false positive, suppress, maintenance, change, revoke; each one signed.
 
+Two kinds command nothing: that somebody looked a prompt up, and that a key was destroyed. They are kept with the rest,
+so that there is one signed record of what people did.
+
 On the wire a command is `{"payload": TEXT, "signature": BASE64}`: TEXT is the command as JSON, signed as it stands
 (Ed25519, RFC 8032) by the operator it names. Refused, and never applied: what is unsigned or badly signed, an unknown
 operator, a time too far from when the broker took it, an end that is past or too far off. Unknown fields are refused
@@ -31,6 +34,7 @@ Text = Annotated[str, Meta(min_length=1, max_length=500)]
 Name = Annotated[str, Meta(max_length=1024)]
 Moment = Annotated[int, Meta(ge=0, le=_MOMENT_MAX)]
 """Microseconds since the epoch, UTC."""
+Epoch = Annotated[str, Meta(pattern="^e_[0-9a-f]{8}$")]
 Uid = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 
 
@@ -90,7 +94,23 @@ class Revoke(_Head, frozen=True, kw_only=True, tag="revoke"):
     command: Annotated[str, Meta(pattern="^[0-9a-f-]{32,36}$")]
 
 
-AnyCommand: TypeAlias = Acknowledge | FalsePositive | Suppress | Maintenance | Change | Revoke
+class Lookup(_Head, frozen=True, kw_only=True, tag="lookup"):
+    """Somebody asked whether a text was seen, and was told so many events."""
+
+    digest: Annotated[str, Meta(pattern="^hmac:[0-9a-f]{64}$")]
+    """Of the text, under the newest key."""
+    epochs: Annotated[list[Epoch], Meta(min_length=1, max_length=1_000)]
+    exact: Annotated[int, Meta(ge=0, le=2**53)]
+    similar: Annotated[int, Meta(ge=0, le=2**53)]
+
+
+class Shred(_Head, frozen=True, kw_only=True, tag="shred"):
+    """Somebody destroys the key of an epoch of the tenant."""
+
+    epoch: Epoch
+
+
+AnyCommand: TypeAlias = Acknowledge | FalsePositive | Suppress | Maintenance | Change | Revoke | Lookup | Shred
 
 
 class _Signed(Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,16 +12,15 @@ from typing import Annotated
 import structlog
 import typer
 
-from inferwatch import budget_cli, deadletter_cli, findings_cli, topics_cli
+from inferwatch import budget_cli, deadletter_cli, findings_cli, keys_cli, lookup_cli, topics_cli
 from inferwatch.config import Config, describe, load
 from inferwatch.options import ConfigOption, JsonOption
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 dashboards_app = typer.Typer(no_args_is_help=True, help="Dashboards for Grafana.")
-keys_app = typer.Typer(no_args_is_help=True, help="Make keys.")
 app.add_typer(config_app, name="config")
-app.add_typer(keys_app, name="keys")
+app.add_typer(keys_cli.app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(budget_cli.app, name="budget")
 app.add_typer(deadletter_cli.app, name="deadletter")
@@ -29,6 +28,7 @@ app.add_typer(topics_cli.app, name="topics")
 app.add_typer(findings_cli.app, name="finding")
 app.command()(findings_cli.maintenance)
 app.command()(findings_cli.change)
+app.command()(lookup_cli.lookup)
 
 MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
 
@@ -179,49 +179,6 @@ def config_example() -> None:
     Example: inferwatch config example > inferwatch.toml
     """
     typer.echo("\n".join(describe()))
-
-
-@keys_app.command("create")
-def keys_create(tenant: Annotated[str, typer.Argument()] = "default", config: ConfigOption = None) -> None:
-    """Make the key that a tenant's hashes and pseudonyms are under.
-
-    Example: inferwatch keys create default
-    """
-    from inferwatch.keys import create_tenant_key  # noqa: PLC0415
-
-    typer.echo(f"Made {create_tenant_key(load(config).collector.identity.key_dir, tenant)}")
-
-
-@keys_app.command("api")
-def keys_api(
-    user: Annotated[str, typer.Option(help="Whose key it is.")],
-    tenant: Annotated[str, typer.Option()] = "default",
-    on_behalf: Annotated[bool, typer.Option("--on-behalf", help="It may name the users it speaks for.")] = False,
-    config: ConfigOption = None,
-) -> None:
-    """Make an API key: its digest goes into the file of API keys, the secret is printed once.
-
-    Example: inferwatch keys api --user alice
-    """
-    from inferwatch.keys import add_api_key  # noqa: PLC0415
-
-    file = load(config).collector.identity.api_keys_file
-    secret, key_id = add_api_key(file, tenant=tenant, user=user, on_behalf=on_behalf)
-    typer.echo(f"{key_id} was added to {file}. The key, shown only now:", err=True)
-    typer.echo(secret)
-
-
-@keys_app.command("operator")
-def keys_operator(name: Annotated[str, typer.Argument(help="Who commands.")], config: ConfigOption = None) -> None:
-    """Make the key that an operator signs commands with, and print the lines that make it known.
-
-    Example: inferwatch keys operator alice
-    """
-    from inferwatch.operators import FOLDER, create_operator_key  # noqa: PLC0415
-
-    file, public = create_operator_key(load(config).data_dir / FOLDER, name)
-    typer.echo(f"Made {file}: keep it to yourself. Put this into inferwatch.toml, where stage 2 runs too:", err=True)
-    typer.echo(f'[detect.commands.operators]\n"{name}" = "{public}"')
 
 
 @dashboards_app.command("export")
