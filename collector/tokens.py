@@ -104,8 +104,8 @@ class Tokens:
 
     def _key(self, header: Mapping[str, Any]) -> tuple[str, PyJWK]:
         """The key that the header names. One without `kid` is taken where the file has one key alone."""
-        kid = header.get("kid", self._only_kid)
-        key = self._keys.get((kid, header["alg"])) if isinstance(kid, str) and isinstance(header["alg"], str) else None
+        kid, algorithm = header.get("kid", self._only_kid), header.get("alg")
+        key = self._keys.get((kid, algorithm)) if isinstance(kid, str) and isinstance(algorithm, str) else None
         if key is None or "crit" in header or "b64" in header:
             raise NotKnown("wrong_token")
         return str(kid), key

@@ -80,6 +80,7 @@ def successor(file: Path | None, key_id: str, expires_old: datetime, *, expires:
 def change_api_key(file: Path | None, key_id: str, field: str, value: Value) -> None:
     """Sets one field of an API key. Raises KeyProblem where there is no such key, or it can't be changed by machine."""
     path = configured(file)
+    value = value.replace(microsecond=0) if isinstance(value, datetime) else value
     with _locked(path):
         wanted = read_key_tables(path)
         wanted[key_id] = {**_table(path, key_id), field: value}
