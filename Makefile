@@ -69,7 +69,7 @@ soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among
 
 requirements: .venv-uv/.made ## compile the pinned requirement files anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/uv.in -o requirements/uv.txt
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --extra soc --extra embedded --extra guards --extra dev pyproject.toml -o requirements/soc.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --extra soc --extra proxy --extra embedded --extra guards --extra dev pyproject.toml -o requirements/soc.txt
 	$(UV) pip compile --quiet --python-platform linux --python-version 3.11 --override requirements/engine-overrides.txt --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/engine.in pyproject.toml -o requirements/engine.txt
 
 clean: ## remove the environments and caches, not your data

@@ -61,6 +61,13 @@ class EngineRequest(NamedTuple):
         return f"EngineRequest({self.operation}, {self.prompt_tokens} tokens)"
 
 
+class Counted(NamedTuple):
+    """What an event needs of an answer."""
+
+    token_count: int
+    finish_reason: str
+
+
 class Timing(NamedTuple):
     """What the engine measured of one request; None where it did not."""
 
@@ -107,7 +114,7 @@ class Audit:
         self,
         status: Status,
         *,
-        answer: Answer | None = None,
+        answer: Answer | Counted | None = None,
         verdicts: Sequence[GuardResult] = (),
         timing: Timing = _UNTIMED,
         reason: str = "",
@@ -140,7 +147,8 @@ class Audit:
         self._auditor.finish(self._ticket, fields)
         self.closed = True
         if self._lease is not None and status != "blocked_input":
-            tokens = int(str(self._known["prompt_tokens"])) + (0 if answer is None else answer.token_count)
+            read = told.get("prompt_tokens", self._known["prompt_tokens"])
+            tokens = int(str(read)) + (0 if answer is None else answer.token_count)
             self._lease.spend(tokens, self._auditor.identity.monotonic_s())
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from collector.guards.config import GuardsConfig
 from collector.identity_config import IdentityConfig
+from collector.proxy_config import ProxyConfig
 from collector.routes import GateConfig
 
 MIB = 1024 * 1024
@@ -66,3 +67,4 @@ class CollectorConfig(BaseModel):
     publisher: PublisherConfig = Field(PublisherConfig(), description="Feeding Kafka from the journal")
     guards: GuardsConfig = Field(GuardsConfig(), description="Which guards judge, and how")
     gate: GateConfig = Field(GateConfig(), description="What passes the gate, and what becomes of blocked answers")
+    proxy: ProxyConfig = Field(ProxyConfig(), description="The gate before a server that can't be wrapped from within")

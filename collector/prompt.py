@@ -17,7 +17,7 @@ Role = Literal["system", "user", "assistant", "tool", "document"]
 
 VIEWS_MAX: Final = 4096
 """Prompts in one body beyond this are not viewed; the engine plugin reads them rendered."""
-_DEPTH_MAX: Final = 32
+DEPTH_MAX: Final = 32
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
     "developer": "system",
@@ -257,7 +257,7 @@ def _text(value: object) -> str:
 
 def _strings(value: object, depth: int) -> Iterator[str]:
     """Every string within, but for names of types."""
-    if depth > _DEPTH_MAX:
+    if depth > DEPTH_MAX:
         raise TooDeep
     if isinstance(value, str):
         yield value
@@ -268,3 +268,8 @@ def _strings(value: object, depth: int) -> Iterator[str]:
     elif isinstance(value, list):
         for entry in value:
             yield from _strings(entry, depth + 1)
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every string in a parsed value, but for names of types and of fields. Raises `TooDeep`."""
+    return _strings(value, 0)

@@ -63,6 +63,23 @@ def serve(context: typer.Context, config: ConfigOption = None) -> None:
 
 
 @app.command()
+def proxy(  # the options of the command line
+    upstream: Annotated[str | None, typer.Option(help="The server behind: http://HOST:PORT.")] = None,
+    kind: Annotated[str | None, typer.Option(help="openai (llama.cpp, SGLang, TGI, vLLM …) or ollama.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Stand before Ollama or a server that speaks OpenAI's API, with the same gate, guards and audit.
+
+    Example: inferwatch proxy --upstream http://127.0.0.1:11434 --kind ollama --port 8080
+    """
+    from inferwatch.proxy import run_proxy  # noqa: PLC0415
+
+    run_proxy(load(config), {"upstream": upstream, "kind": kind, "host": host, "port": port})
+
+
+@app.command()
 def detect(
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: events to rollups. 2: rollups to findings.")],
     config: ConfigOption = None,

@@ -1,0 +1,212 @@
+"""The server behind the proxy: one fixed address, asked by one HTTP client. The only file here that imports httpx.
+
+What may go wrong has one exception with an HTTP status and a fixed word. No redirect is followed, no proxy of the
+environment is used, no request is sent twice, and of the client's headers only `accept` of a known kind and the trace
+context go on.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import orjson
+
+from collector.identity import KeyProblem
+from collector.proxy_config import ProxyConfig
+from collector.weights import Model
+
+_ANSWER_TYPES: Final = frozenset({"application/json", "application/x-ndjson", "text/event-stream"})
+_LIST_BYTES_MAX: Final = 4_194_304
+UNKNOWN: Final = Model("unknown@unknown")
+
+
+class UpstreamFailed(Exception):
+    """The server behind did not answer as it must: 502 or 504, a fixed word, a sentence for the client."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__("The model server did not answer." if status == 504 else "The model server failed.")
+        self.status, self.reason = status, reason
+
+
+def read_secret(path: Path | None) -> str:
+    """The upstream's API key. Raises KeyProblem: no such file, readable by others, or more than one line."""
+    if path is None:
+        return ""
+    try:
+        shared = path.stat().st_mode & 0o077
+        secret = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise KeyProblem(f"{path}: the upstream's key can't be read") from None
+    if shared:
+        raise KeyProblem(f"{path}: other users can read the upstream's key; run chmod 600 {path}")
+    if not secret.isprintable() or " " in secret or not secret:
+        raise KeyProblem(f"{path}: the upstream's key is one line of visible characters")
+    return secret
+
+
+class Answer:
+    """The server's answer: its status and type at once, its body as it comes."""
+
+    def __init__(self, response: httpx.Response, bytes_max: int) -> None:
+        self._response, self._bytes_max = response, bytes_max
+        self.status = response.status_code
+        self.retry_after = response.headers.get("retry-after", "")
+        self.type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body's bytes. Raises UpstreamFailed."""
+        size = 0
+        with _told:
+            async for piece in self._response.aiter_raw():
+                size += len(piece)
+                if size > self._bytes_max:
+                    raise UpstreamFailed(502, "upstream_too_large")
+                yield piece
+
+    async def whole(self) -> bytes:
+        """The whole body. Raises UpstreamFailed."""
+        return b"".join([piece async for piece in self.pieces()])
+
+
+class _Told:
+    """Turns the client's errors into ours. None of their messages is kept: they may quote what was received."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
+            connecting = isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
+            status, reason = (502, "upstream_away") if connecting else (504, "upstream_slow")
+            raise UpstreamFailed(status, reason) from None
+        if isinstance(error, httpx.ConnectError):
+            raise UpstreamFailed(502, "upstream_away") from None
+        if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.StreamError):
+            raise UpstreamFailed(502, "upstream_broke") from None
+
+
+_told = _Told()
+
+
+class Upstream:
+    """One server. `open` in the event loop that asks; `close` at its end."""
+
+    def __init__(self, config: ProxyConfig, secret: str) -> None:
+        self._config, self._client = config, _client(config, secret)
+        self._models: Mapping[str, Model] = {}
+        self._remote: frozenset[str] = frozenset()
+        self._listing: asyncio.Task[None] | None = None
+        self._listed_s = 0.0
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._listing is not None:
+            self._listing.cancel()
+        await self._client.aclose()
+
+    async def ask(
+        self, stack: AsyncExitStack, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> Answer:
+        """Send one request; `stack` closes its connection. Raises UpstreamFailed."""
+        with _told:
+            asked = self._client.stream(method, path, content=body, headers=headers)
+            response = await stack.enter_async_context(asked)
+        if 300 <= response.status_code < 400 or response.status_code < 200:
+            raise UpstreamFailed(502, "upstream_redirects")
+        answer = Answer(response, self._config.answer_bytes_max)
+        plain = response.headers.get("content-encoding", "identity") == "identity"
+        good = answer.status >= 400 or (answer.status == 200 and answer.type in _ANSWER_TYPES)
+        if not plain or not good:
+            raise UpstreamFailed(502, "upstream_garbled")
+        return answer
+
+    async def get(self, path: str) -> bytes:
+        """The JSON that a GET gives. Raises UpstreamFailed."""
+        async with AsyncExitStack() as stack:
+            answer = await self.ask(stack, "GET", path, None, {})
+            if answer.status != 200 or answer.type != "application/json":
+                raise UpstreamFailed(502, "upstream_refused")
+            return await answer.whole()
+
+    # -- models
+
+    async def list_models(self) -> None:
+        """Ask which models there are. Raises UpstreamFailed; what was known before stays."""
+        ollama = self._config.kind == "ollama"
+        raw = await self.get("/api/tags" if ollama else "/v1/models")
+        try:
+            listed = orjson.loads(raw)["models" if ollama else "data"]
+            entries = [entry for entry in listed if isinstance(entry, dict)][:10_000]
+        except (ValueError, KeyError, TypeError):
+            raise UpstreamFailed(502, "upstream_garbled") from None
+        self._remote = frozenset(
+            _folded(str(entry.get("name")))
+            for entry in entries
+            if entry.get("remote_host") or entry.get("remote_model")
+        )
+        self._models = dict(map(_tagged if ollama else _named, entries))
+
+    def refresh(self, now_s: float, every_s: float = 10) -> None:
+        """List the models again, in the background, where the list is old."""
+        if now_s - self._listed_s > every_s and (self._listing is None or self._listing.done()):
+            self._listed_s = now_s
+            self._listing = asyncio.ensure_future(self._list_quietly())
+
+    async def _list_quietly(self) -> None:
+        try:
+            await self.list_models()
+        except UpstreamFailed:
+            return
+
+    def model(self, name: object) -> Model:
+        """The model of that name as the server lists it; a name that it does not list is the client's own text."""
+        asked = _folded(str(name)) if self._config.kind == "ollama" else str(name)
+        return self._models.get(asked, UNKNOWN)
+
+    def is_remote(self, name: object) -> bool:
+        """Whether Ollama would send the prompt to another host."""
+        asked = _folded(str(name))
+        return asked in self._remote or asked.endswith((":cloud", "-cloud"))
+
+
+def _client(config: ProxyConfig, secret: str) -> httpx.AsyncClient:
+    headers = {"user-agent": "inferwatch", "accept-encoding": "identity", "accept": "application/json"}
+    if secret:
+        headers["authorization"] = f"Bearer {secret}"
+    verify: ssl.SSLContext | bool = True
+    if config.upstream_ca_file is not None:
+        verify = ssl.create_default_context(cafile=str(config.upstream_ca_file))
+    return httpx.AsyncClient(
+        base_url=config.upstream,
+        headers=headers,
+        timeout=httpx.Timeout(
+            config.silence_timeout_s, connect=config.connect_timeout_s, pool=config.connect_timeout_s
+        ),
+        limits=httpx.Limits(max_connections=config.connections_max, max_keepalive_connections=64, keepalive_expiry=4),
+        follow_redirects=False,
+        trust_env=False,
+        verify=verify,
+    )
+
+
+def _folded(name: str) -> str:
+    """Ollama takes names in any case, and `llama3` for `llama3:latest` of its own library."""
+    folded = name.casefold().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return folded if ":" in folded.rpartition("/")[2] else f"{folded}:latest"
+
+
+def _tagged(entry: Mapping[str, Any]) -> tuple[str, Model]:
+    name, digest = str(entry.get("name") or entry.get("model"))[:200], str(entry.get("digest", ""))
+    digest = digest.removeprefix("sha256:")
+    good = len(digest) == 64 and all(digit in "0123456789abcdef" for digit in digest)
+    return _folded(name), Model(f"{name}@{digest[:16]}", f"sha256:{digest}") if good else Model(f"{name}@unknown")
+
+
+def _named(entry: Mapping[str, Any]) -> tuple[str, Model]:
+    name = str(entry.get("id"))
+    # A path would tell of the host; its last part names the model well enough.
+    return name, Model(f"{name.rstrip('/').rpartition('/')[2] if name.startswith('/') else name[:200]}@unknown"[:256])
