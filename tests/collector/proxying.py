@@ -203,10 +203,11 @@ class Raw:
                 self.seen += 1
             writer.write(self.answer)
             await writer.drain()
-            if self.hang_s and await asyncio.wait_for(reader.read(65_536 * 16), self.hang_s) == b"":
+            if self.hang_s:
+                await asyncio.wait_for(reader.read(-1), self.hang_s)
                 self.closed += 1
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            self.closed += isinstance(self.hang_s, float) and bool(self.hang_s)
+            pass
         finally:
             writer.close()
 
@@ -222,6 +223,7 @@ def serving_raw(raw: Raw) -> Iterator[str]:
     loop.call_soon_threadsafe(server.close)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
+    loop.close()
 
 
 def answer_of(body: Any, *, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:

@@ -1,0 +1,420 @@
+"""The proxy before a server that speaks OpenAI's API: counts, streams, faults of the server, clients that go."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from collector.proxy_config import ProxyConfig
+from collector.routes import GateConfig
+from tests.collector.proxying import BOTH, Front, Raw, answer_of, fronting, running, serving_raw
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+STREAM = {**BODY, "stream": True}
+WITHHELD = "This answer was withheld by policy."
+
+
+class Server:
+    """A small server of OpenAI's API. Its answer is `words`, one a chunk; `usage`: whether it gives counts."""
+
+    def __init__(self) -> None:
+        self.words = ["one ", "two ", "three"]
+        self.usage, self.pause_s, self.gone = True, 0.0, 0
+        self.bodies: list[dict[str, Any]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One request."""
+        if scope["path"] == "/v1/models":
+            await self._whole(send, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+            return
+        body = json.loads((await receive())["body"])
+        self.bodies.append(body)
+        doing = asyncio.ensure_future(self._answer(scope["path"], body, send))
+        leaving = asyncio.ensure_future(receive())
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        self.gone += not doing.done()
+        doing.cancel()
+        leaving.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+    async def _answer(self, path: str, body: dict[str, Any], send: Any) -> None:
+        head = {"id": "c1", "created": 1, "model": "m"}
+        prompts = body["prompt"] if isinstance(body.get("prompt"), list) else [1]
+        counts = {"prompt_tokens": 7 * len(prompts), "completion_tokens": 3 * len(prompts), "total_tokens": 10}
+        usage = {"usage": counts} if self.usage else {}
+        if path == "/v1/embeddings":
+            await self._whole(send, {"data": [{"embedding": [0.5], "index": 0}], **usage})
+        elif not body.get("stream"):
+            text = "".join(self.words)
+            part = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+            choices = [{"index": index, **part, "finish_reason": "stop"} for index in range(body.get("n") or 1)]
+            await self._whole(send, {**head, "object": "chat.completion", "choices": choices, **usage})
+        else:
+            await send(_start(b"text/event-stream; charset=utf-8"))
+            for word in self.words:
+                await self._event(send, {**head, "choices": [{"index": 0, "delta": {"content": word}}]})
+                await asyncio.sleep(self.pause_s)
+            await self._event(send, {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+            if usage and (body.get("stream_options") or {}).get("include_usage"):
+                await self._event(send, {**head, "choices": [], **usage})
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _event(self, send: Any, frame: dict[str, Any]) -> None:
+        await send({"type": "http.response.body", "body": f"data: {json.dumps(frame)}\n\n".encode(), "more_body": True})
+
+    async def _whole(self, send: Any, body: dict[str, Any]) -> None:
+        await send(_start(b"application/json"))
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+def _start(kind: bytes) -> dict[str, Any]:
+    headers = [(b"content-type", kind), (b"server", b"banner/1.2"), (b"x-powered-by", b"banner/1.2")]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Server, str]]:
+    """One server for all tests."""
+    app = Server()
+    with running(app) as url:
+        yield app, url
+
+
+@pytest.fixture
+def upstream(shared: tuple[Server, str]) -> tuple[Server, str]:
+    """The server, as new."""
+    shared[0].__init__()  # type: ignore[misc]
+    return shared
+
+
+@pytest.fixture
+def front(upstream: tuple[Server, str]) -> Iterator[Front]:
+    """A proxy with a guard on prompts."""
+    with fronting(upstream[1]) as made:
+        yield made
+
+
+def post(front: Front, body: dict[str, Any], path: str = CHAT, **options: Any) -> httpx.Response:
+    """One request with a good key."""
+    return httpx.post(f"{front.url}{path}", json=body, headers=front.headers, timeout=30, **options)
+
+
+def test_the_official_client_works_and_sees_no_banner(upstream: tuple[Server, str], front: Front) -> None:
+    """Whole and streamed chats, completions, embeddings, models."""
+    with OpenAI(base_url=f"{front.url}/v1", api_key=front.key, max_retries=0) as client:
+        assert client.chat.completions.create(**BODY).choices[0].message.content == "one two three"
+        parts = list(client.chat.completions.create(**STREAM))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == "one two three"
+        assert client.completions.create(model="m", prompt="hi").choices[0].text == "one two three"
+        assert client.embeddings.create(model="m", input="hi", encoding_format="float").data[0].embedding == [0.5]
+        assert [model.id for model in client.models.list()] == ["m"]
+        raw = client.chat.completions.with_raw_response.create(**BODY)
+    assert {"server", "x-powered-by"}.isdisjoint(raw.headers)
+    assert raw.headers["inferwatch-request-id"] == front.events[-1].http_request_id
+    found = [(e.operation, e.stream, e.finish_reason, e.prompt_tokens, e.response_tokens) for e in front.events]
+    assert found == [
+        ("chat", False, "stop", 7, 3),
+        ("chat", True, "length", 7, 3),
+        ("completion", False, "stop", 7, 3),
+        ("embedding", False, "", 7, 3),
+        ("chat", False, "stop", 7, 3),
+    ]
+    assert {(event.model_version, event.tokens_from, event.status) for event in front.events} == {
+        ("m@unknown", "usage", "ok")
+    }
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_counts_come_from_usage_and_else_from_chunks(upstream: tuple[Server, str], *, ask: bool) -> None:
+    """The event says which; a client that did not ask for counts does not see them."""
+    with fronting(upstream[1], ask_usage=ask) as front:
+        assert "usage" not in post(front, STREAM).text
+        assert '"usage"' in post(front, {**STREAM, "stream_options": {"include_usage": True}}).text
+        upstream[0].usage = False
+        post(front, STREAM)
+        post(front, BODY)
+    first = ("usage", 7) if ask else ("chunks", 0)
+    assert [(e.tokens_from, e.prompt_tokens) for e in front.events] == [
+        first, ("usage", 7), ("chunks", 0), ("unknown", 0)
+    ]  # fmt: skip
+    assert [event.response_tokens for event in front.events] == [3, 3, 3, 1]
+
+
+def test_several_prompts_are_several_events_that_share_the_counts(upstream: tuple[Server, str], front: Front) -> None:
+    """As many events as prompts, each with its own hash; the server's counts are shared out and add up."""
+    post(front, {"model": "m", "prompt": ["a", "b", "c"], "max_tokens": 5, "n": 2}, "/v1/completions")
+    assert len({event.prompt_hash for event in front.events}) == 3
+    assert [(e.tokens_from, e.prompt_tokens, e.response_tokens, e.n) for e in front.events] == [("shared", 7, 3, 2)] * 3
+    assert len({event.http_request_id for event in front.events}) == 1
+    assert post(front, {"model": "m", "prompt": ["a", "blockme"]}, "/v1/completions").status_code == 403
+    assert front.told()[3:] == [("blocked_input", "guard", 403), ("aborted", "another prompt blocked", 403)]
+    assert len(upstream[0].bodies) == 1
+
+
+def test_a_stream_passes_as_it_comes(upstream: tuple[Server, str], front: Front) -> None:
+    """The first words are there long before the last; the event times both."""
+    upstream[0].pause_s = 0.3
+    with httpx.stream("POST", f"{front.url}{CHAT}", json=STREAM, headers=front.headers, timeout=30) as answer:
+        began_s, arrived = time.monotonic(), []
+        for piece in answer.iter_raw():
+            arrived += [time.monotonic() - began_s] * piece.count(b'"content"')
+    assert len(arrived) == 3
+    assert arrived[2] - arrived[0] > 0.4
+    (event,) = front.events
+    assert event.ttft_ms is not None
+    assert event.ms_per_output_token is not None
+    assert event.ttft_ms < event.latency_ms - 500
+    assert event.ms_per_output_token > 200
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM])
+def test_a_client_that_goes_closes_the_servers_connection(
+    upstream: tuple[Server, str], front: Front, body: dict[str, Any]
+) -> None:
+    """The server stops working, and the event says aborted with what was made until then."""
+    upstream[0].pause_s, upstream[0].words = 0.1, ["word "] * 200
+    if body is BODY:
+        upstream[0].__class__ = Slow
+    with socket.create_connection(("127.0.0.1", int(front.url.rpartition(":")[2]))) as client:
+        raw = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.key}\r\ncontent-length: {len(raw)}"
+        client.sendall(f"{head}\r\n\r\n".encode() + raw)
+        end_s = time.monotonic() + 20
+        while not upstream[0].bodies:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        if body is STREAM:
+            client.recv(10)
+            time.sleep(0.3)
+    while not front.events:
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+    upstream[0].__class__ = Server
+    assert front.told() == [("aborted", "client gone", 0)]
+    assert upstream[0].gone == 1
+    assert front.events[0].tokens_from == "chunks"
+    assert (front.events[0].response_tokens > 0) == (body is STREAM)
+
+
+class Slow(Server):
+    """Never answers."""
+
+    async def _answer(self, path: str, body: dict[str, Any], send: Any) -> None:
+        await asyncio.sleep(60)
+
+
+GOOD = {"id": "1", "choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]}
+SSE = "text/event-stream"
+OPEN = f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\n\r\n".encode()
+DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        (b"", 502, "upstream_broke"),
+        (b"garbage\r\n\r\n", 502, "upstream_broke"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 9\r\n\r\nhello", 502, "upstream_broke"),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{", 502, "upstream_broke"),
+        (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 300_000 + b"\r\n\r\n", 502, "upstream_broke"),
+        (answer_of(b"not json"), 502, "upstream_garbled"),
+        (answer_of([1]), 502, "upstream_garbled"),
+        (answer_of(b"<html>", kind="text/html"), 502, "upstream_garbled"),
+        (answer_of(GOOD, more="content-encoding: gzip\r\n"), 502, "upstream_garbled"),
+        (answer_of(b"", status="204 No Content"), 502, "upstream_garbled"),
+        (answer_of(b"", status="302 Found", more="location: http://127.0.0.1:1/\r\n"), 502, "upstream_redirects"),
+        (answer_of(b"", status="307 Found", more="location: /v1/other\r\n"), 502, "upstream_redirects"),
+        (answer_of({"choices": [{"text": "x" * 70_000}]}), 502, "upstream_too_large"),
+        (OPEN, 502, "upstream_broke"),
+        (OPEN + b"data: {\n\n", 502, "upstream_garbled"),
+        (OPEN + b"data: [1]\n\n", 502, "upstream_garbled"),
+        (answer_of({"error": {"message": "no"}}, status="404 Not Found"), 404, "upstream_refused"),
+        (answer_of(b"Traceback", status="500 Oops"), 500, "upstream_failed"),
+        (answer_of({"error": "busy"}, status="503 Busy", more="retry-after: 3\r\n"), 503, "upstream_failed"),
+    ],
+)
+def test_a_server_that_fails_is_a_clean_error_and_an_event(answer: bytes, status: int, told: str) -> None:
+    """502, or the server's own status; never a redirect followed, never half an answer, never a second request."""
+    raw = Raw(answer)
+    with serving_raw(raw) as url, fronting(url, answer_bytes_max=65_536) as front:
+        got = post(front, BODY)
+        assert (got.status_code, raw.seen, front.told()) == (status, 1, [("error", told, status)])
+        assert got.headers["content-type"] == "application/json"
+        assert set(got.json()) == {"error"}
+        assert b"Traceback" not in got.content
+        assert got.headers.get("retry-after") == ("3" if status == 503 else None)
+
+
+@pytest.mark.parametrize(("more", "told"), [(b"", "upstream_broke"), (b"data: {\n\n", "upstream_garbled")])
+def test_a_stream_that_breaks_ends_with_an_error_and_an_event(more: bytes, told: str) -> None:
+    """What had come is with the client; the end says that it is no end."""
+    with serving_raw(Raw(OPEN + DELTA + more)) as url, fronting(url) as front:
+        got = post(front, STREAM)
+        assert json.loads(got.text.strip().rpartition("data: ")[2])["error"]["code"] == told
+        assert front.told() == [("error", told, 502)]
+        assert front.events[0].response_tokens == 1
+        assert got.content.startswith(DELTA) or got.status_code == 502
+
+
+def test_a_servers_error_within_a_stream_is_an_error(upstream: tuple[Server, str]) -> None:
+    """It goes on to the client, and the event says who failed."""
+    error = b'data: {"error":{"message":"out of memory"}}\n\n'
+    with serving_raw(Raw(OPEN + DELTA + error)) as url, fronting(url) as front:
+        assert post(front, STREAM).content == DELTA + error
+        assert front.told() == [("error", "upstream_failed", 200)]
+
+
+@pytest.mark.parametrize("answer", [b"", OPEN, OPEN + DELTA])
+def test_a_server_that_falls_silent_is_given_up(answer: bytes) -> None:
+    """504, or an error at the end of what had come; the connection is closed."""
+    raw = Raw(answer, hang_s=20)
+    with serving_raw(raw) as url, fronting(url, silence_timeout_s=0.3) as front:
+        got = post(front, STREAM)
+        assert got.status_code == (200 if DELTA in answer else 504)
+        assert "upstream_slow" in got.text
+        assert front.told() == [("error", "upstream_slow", 504)]
+        end_s = time.monotonic() + 10
+        while not raw.closed:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+
+
+def test_a_stream_that_never_ends_is_cut(upstream: tuple[Server, str]) -> None:
+    """By the time for one answer."""
+    upstream[0].words, upstream[0].pause_s = ["word "] * 1000, 0.05
+    with fronting(upstream[1], answer_timeout_s=0.5) as front:
+        assert "upstream_slow" in post(front, STREAM).text
+        assert front.told() == [("error", "upstream_slow", 504)]
+
+
+def test_a_server_that_is_not_there_is_a_502(front: Front) -> None:
+    """Health says so too; nothing waits."""
+    with fronting("http://127.0.0.1:1") as alone:
+        assert post(alone, BODY).status_code == 502
+        assert alone.told() == [("error", "upstream_away", 502)]
+        assert httpx.get(f"{alone.url}/health").status_code == 502
+        assert httpx.get(f"{alone.url}/v1/models", headers=alone.headers).status_code == 502
+    assert httpx.get(f"{front.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM])
+def test_where_no_event_can_be_written_the_answer_does_not_leave(
+    upstream: tuple[Server, str], front: Front, body: dict[str, Any]
+) -> None:
+    """A full journal before the server is asked, and one that fills up meanwhile."""
+    front.publisher.full = True
+    assert post(front, body).status_code == 503
+    assert upstream[0].bodies == []
+    front.publisher.full, front.publisher.full_at_end = False, True
+    got = post(front, body)
+    assert "can't be audited" in got.text
+    assert "[DONE]" not in got.text
+    assert got.status_code == (200 if body is STREAM else 503)
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    CHAT: BODY,
+    "/v1/completions": {"model": "m", "prompt": "hello"},
+    "/v1/responses": {"model": "m", "input": "hello"},
+    "/v1/messages": {"model": "m", "max_tokens": 9, "messages": BODY["messages"]},
+}
+ENDED = {"index": 0, "finish_reason": "stop"}
+WHOLE: dict[str, dict[str, Any]] = {
+    CHAT: {"id": "1", "choices": [{**ENDED, "message": {"content": "bad word"}}]},
+    "/v1/completions": {"id": "1", "choices": [{**ENDED, "text": "bad word"}]},
+    "/v1/responses": {"id": "r", "status": "completed", "output": [{"content": [{"text": "bad word"}]}]},
+    "/v1/messages": {"id": "m", "content": [{"type": "text", "text": "bad word"}], "stop_reason": "end_turn"},
+}
+SAYS = "response.output_text.delta"
+STREAMED: dict[str, list[dict[str, Any]]] = {
+    CHAT: [
+        {"choices": [{"index": 0, "delta": {"content": "bad "}}]},
+        {"choices": [{**ENDED, "delta": {"content": "word"}}]},
+    ],
+    "/v1/completions": [{"choices": [{"index": 0, "text": "bad "}]}, {"choices": [{**ENDED, "text": "word"}]}],
+    "/v1/responses": [
+        {"type": SAYS, "delta": "bad "},
+        {"type": SAYS, "delta": "word"},
+        {"type": "response.completed", "response": {"status": "completed"}},
+    ],
+    "/v1/messages": [
+        {"type": "content_block_delta", "delta": {"text": "bad "}},
+        {"type": "content_block_delta", "delta": {"text": "word"}},
+        {"type": "message_stop"},
+    ],
+}
+
+
+def events(path: str) -> bytes:
+    """A stream of an API."""
+    frames = [f"data: {json.dumps(frame)}\n\n" for frame in STREAMED[path]]
+    return "".join([*frames, "data: [DONE]\n\n"] if "choices" in STREAMED[path][0] else frames).encode()
+
+
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("path", sorted(ASKED))
+def test_a_blocked_answer_is_withheld_in_the_shape_of_each_api(path: str, *, hold: bool) -> None:
+    """Not a word of it goes out, unless streams are not held: then its end is another."""
+    for stream, raw in ((False, answer_of(WHOLE[path])), (True, answer_of(events(path), kind=SSE))):
+        gate = GateConfig(hold_streams=hold)
+        with serving_raw(Raw(raw)) as url, fronting(url, stages=frozenset({"output"}), gate=gate) as front:
+            front.guard.bad = "bad word"
+            got = post(front, {**ASKED[path], "stream": stream}, path)
+            assert (got.status_code, front.told()) == (200, [("blocked_output", "", 200)])
+            if not stream or hold:
+                assert (WITHHELD in got.text, "bad" in got.text) == (True, False)
+            assert "content_filter" in got.text or '"refusal"' in got.text
+            assert ("[DONE]" in got.text) == (stream and path in (CHAT, "/v1/completions"))
+
+
+def test_tool_calls_and_reasoning_are_answers_too() -> None:
+    """Every string that is no label is judged, its pieces put together."""
+    call = b'{"index":0,"function":{"name":"run","arguments":"bad w"}}'
+    more = b'{"index":0,"function":{"arguments":"ord"}}'
+    frames = b"".join(
+        b'data: {"choices":[{"index":0,"delta":{"reasoning":"hm","tool_calls":[' + part + b"]}}]}\n\n"
+        for part in (call, more)
+    )
+    ends = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}\n\ndata: [DONE]\n\n'
+    with serving_raw(Raw(answer_of(frames + ends, kind=SSE))) as url, fronting(url, stages=BOTH) as front:
+        front.guard.bad = "bad word"
+        assert WITHHELD in post(front, STREAM).text
+        assert [text for stage, text in front.guard.saw if stage == "output"][-3:] == ["hmhm", "run", "bad word"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("/v1/responses", {"model": "m", "input": "hi", "previous_response_id": "r"}, "stateful"),
+        (CHAT, {**BODY, "seed": 10**400}, "bad_json"),
+        (CHAT, {**BODY, "user": "\ud800"}, "server_refused"),
+        ("/v1/completions", {"model": "m", "prompt": [1, 2, 3]}, "unreadable"),
+        ("/v1/rerank", {"model": "m", "query": "blockme", "documents": ["a"]}, "guard"),
+        ("/v1/score", {"model": "m", "text_1": "a", "text_2": ["b", "blockme"]}, "guard"),
+        (CHAT, {**BODY, "prompt_extra": "blockme"}, "guard"),
+    ],
+)
+def test_what_can_not_be_read_in_one_way_is_refused(
+    upstream: tuple[Server, str], front: Front, path: str, body: dict[str, Any], reason: str
+) -> None:
+    """And never reaches the server."""
+    raw = json.dumps(body).replace(str(10**400), "1e400")
+    got = httpx.post(f"{front.url}{path}", content=raw, headers=front.headers)
+    assert (got.status_code, upstream[0].bodies) == (403 if reason in ("unreadable", "guard") else 400, [])
+    assert front.told()[0][1] in (reason, "server_refused")
+
+
+@pytest.mark.parametrize(
+    "upstream_url", ["ftp://x", "http://", "http://u:p@x", "http://x/path", "http://x?q", "http://x:99999", "x", "//x"]
+)
+def test_an_upstream_is_an_address_and_nothing_more(upstream_url: str) -> None:
+    """No path, no password, no other scheme."""
+    with pytest.raises(ValueError, match="upstream"):
+        ProxyConfig(upstream=upstream_url)
