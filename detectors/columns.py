@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from collector.event import AuditEvent
+from collector.event import Adapter, AuditEvent
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -27,6 +27,8 @@ SECOND_US: Final = 1_000_000
 TOKENS_MAX: Final = 2**40
 """Larger counts are taken for this, so that sums stay exact."""
 PSEUDONYM_CHARACTERS: Final = 34
+DIGEST_SHOWN: Final = 8
+"""Last digits of an adapter's digest in its name."""
 
 
 @dataclass(slots=True)
@@ -63,6 +65,15 @@ class Columns:
     verdict_guard: Ints
     verdict_blocked: Flags
     guards: list[str]
+    adapter: Ints
+    """Index into `adapters`, of NAME@DIGEST; empty for none."""
+    adapters: list[str]
+    api_key: Ints
+    """Index into `api_keys`; empty where the key is itself the actor, or where there is none."""
+    api_keys: list[str]
+    address: Ints
+    """Index into `addresses`, likewise."""
+    addresses: list[str]
 
     def __len__(self) -> int:
         return len(self.raws)
@@ -88,8 +99,15 @@ ARRAYS: Final = (
 )
 
 
+NAMED: Final = {"adapter": "adapters", "api_key": "api_keys", "address": "addresses", "kind": "kinds"}
+"""Arrays of numbers that stand for names, and where the names are."""
+
+
 EVERYTHING: Final = frozenset(
     (
+        "adapter",
+        "address",
+        "api_key",
         "blocked",
         "choices",
         "judged",
@@ -115,12 +133,20 @@ def columns_of(
     def numbers(name: str, make: Callable[[], list[Any]], dtype: DTypeLike) -> NDArray[Any]:
         return np.array(make(), dtype) if name in reads else np.zeros(len(events), dtype)
 
+    def names(name: str, make: Callable[[], list[str]]) -> tuple[Ints, list[str]]:
+        return coded(make()) if name in reads else (np.zeros(len(events), np.int64), [""])
+
     kind, kinds = paired([event.tenant for event in events], [event.model_version for event in events])
     high, low, named = _keys([event.user_id or event.api_key or event.client_address for event in events])
     salts = np.array([_salt(tenant) for tenant, _ in kinds], np.uint64)
     results = [event.guardrail_results for event in events] if reads & {"verdicts", "judged"} else []
     sizes = np.array(list(map(len, results)), np.int64) if results else np.zeros(len(events), np.int64)
     verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [], sizes)
+    adapter, adapters = names("adapter", lambda: _adapters([event.adapter for event in events]))
+    api_key, api_keys = names("api_key", lambda: [event.api_key if event.user_id else "" for event in events])
+    address, addresses = names(
+        "address", lambda: [event.client_address if event.user_id or event.api_key else "" for event in events]
+    )
     return Columns(
         raws=raws,
         offset=offset,
@@ -147,7 +173,19 @@ def columns_of(
         verdict_guard=verdict_guard,
         verdict_blocked=verdict_blocked,
         guards=guards,
+        adapter=adapter,
+        adapters=adapters,
+        api_key=api_key,
+        api_keys=api_keys,
+        address=address,
+        addresses=addresses,
     )
+
+
+def _adapters(adapters: list[Adapter | None]) -> list[str]:
+    if adapters.count(None) == len(adapters):
+        return [""] * len(adapters)
+    return ["" if each is None else f"{each.name}@{each.digest[-DIGEST_SHOWN:]}" for each in adapters]
 
 
 def coded(values: list[Any]) -> tuple[Ints, list[Any]]:
@@ -242,24 +280,27 @@ def joined(pieces: Sequence[Columns]) -> Columns:
     """One after the other."""
     if len(pieces) == 1:
         return pieces[0]
-    kinds: dict[tuple[str, str], int] = {}
+    known: dict[str, dict[Any, int]] = {name: {} for name in NAMED}
+    codes: dict[str, list[Ints]] = {name: [] for name in NAMED}
     guards: dict[str, int] = {}
-    kind, event, guard = [], [], []
+    event, guard = [], []
     begin = 0
     for piece in pieces:
-        kind.append(_recoded(piece.kind, piece.kinds, kinds))
+        for name, names in NAMED.items():
+            codes[name].append(_recoded(getattr(piece, name), getattr(piece, names), known[name]))
         guard.append(_recoded(piece.verdict_guard, piece.guards, guards))
         event.append(piece.verdict_event + begin)
         begin += len(piece)
+    whole: dict[str, Any] = {name: np.concatenate(codes[name]) for name in NAMED}
+    whole |= {names: list(known[name]) for name, names in NAMED.items()}
+    whole |= {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in ARRAYS}
     return Columns(
         raws=list(chain.from_iterable(piece.raws for piece in pieces)),
-        kind=np.concatenate(kind),
-        kinds=list(kinds),
         verdict_event=np.concatenate(event),
         verdict_guard=np.concatenate(guard),
         verdict_blocked=np.concatenate([piece.verdict_blocked for piece in pieces]),
         guards=list(guards),
-        **{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in ARRAYS},
+        **whole,
     )
 
 
@@ -275,13 +316,13 @@ def picked(columns: Columns, rows: Ints) -> Columns:
     event = place[columns.verdict_event]
     kept = np.flatnonzero(event >= 0)
     kept = kept[np.argsort(event[kept], kind="stable")]
+    mine: dict[str, Any] = {name: getattr(columns, name)[rows] for name in (*ARRAYS, *NAMED)}
+    mine |= {names: getattr(columns, names) for names in NAMED.values()}
     return Columns(
         raws=[columns.raws[row] for row in rows.tolist()],
-        kind=columns.kind[rows],
-        kinds=columns.kinds,
         verdict_event=event[kept],
         verdict_guard=columns.verdict_guard[kept],
         verdict_blocked=columns.verdict_blocked[kept],
         guards=columns.guards,
-        **{name: getattr(columns, name)[rows] for name in ARRAYS},
+        **mine,
     )
