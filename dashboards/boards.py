@@ -10,7 +10,7 @@ from dashboards.answers import Answers, Trouble
 from dashboards.cells import SEVERITIES
 from dashboards.config import DashboardsConfig
 from dashboards.markup import Markup, element, shown
-from dashboards.panel import Panel, Row
+from dashboards.panel import BOUND, Panel, Row
 from dashboards.panel_html import framed, listing, sentence, stat, status, timeseries
 from dashboards.panels import PANELS, STATS
 from dashboards.plot import Mark
@@ -68,7 +68,7 @@ class Boards:
 
     async def _body(self, panel: Panel, scope: Scope, rows_max: int) -> Markup:
         watch_from = self._config.watch.get(panel.name, panel.watch_from)
-        rows = await self._answers.rows(panel.query(), scope.parameters())
+        rows = await self._answers.rows(panel.query(BOUND | self._config.pieces()), scope.parameters())
         match panel.kind:
             case "timeseries":
                 marks = await self.marks(scope)

@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from dashboards.panels import BY_NAME
+from detectors.budget import BUDGET, per_week
 
 RANGES_S: Final = {"15m": 900, "1h": 3_600, "6h": 21_600, "24h": 86_400, "7d": 604_800}
 """The time ranges of the picker, in seconds."""
@@ -48,6 +49,20 @@ class DashboardsConfig(BaseModel):
     grafana_datasource_uid: str = Field(
         "inferwatch", min_length=1, max_length=40, description="The uid of the ClickHouse data source in Grafana."
     )
+
+    alert_budget: str = Field(
+        BUDGET, description="What findings called false are held against; where it is not written, that of `[detect]`."
+    )
+
+    @field_validator("alert_budget")
+    @classmethod
+    def _is_a_budget(cls, value: str) -> str:
+        per_week(value)
+        return value
+
+    def pieces(self) -> dict[str, str]:
+        """What panels take from the configuration, for `Panel.query`."""
+        return {"budget_a_week": f"{per_week(self.alert_budget):.9g}"}
 
     @field_validator("watch")
     @classmethod

@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models import common as common_models
 from grafana_foundation_sdk.models import dashboard as models
 
 from dashboards.config import DashboardsConfig
-from dashboards.panel import Panel
+from dashboards.panel import BOUND, Panel
 from dashboards.panels import FINDINGS, PANELS
 
 PLUGIN: Final = "grafana-clickhouse-datasource"
@@ -28,6 +28,7 @@ GRAFANA: Final[dict[str, str]] = {
     "bucket": "$__timeInterval(timestamp)",
     "bucket_s": "$__interval_s",
     "tenant": "(${tenant:sqlstring} = '' OR tenant = ${tenant:sqlstring})",
+    "budget_a_week": BOUND["budget_a_week"],
 }
 UNITS: Final = {
     "count": "short",
@@ -130,15 +131,15 @@ def dumps(content: dict[str, object]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def grafana_sql(panel: Panel) -> str:
+def grafana_sql(panel: Panel, config: DashboardsConfig | None = None) -> str:
     """The panel's SQL in the data source's macros."""
-    return panel.query(GRAFANA)
+    return panel.query(GRAFANA | config.pieces() if config else GRAFANA)
 
 
 def _panel(panel: Panel, config: DashboardsConfig) -> Builder:
     makers = {"timeseries": _timeseries, "stat": _stat, "table": _table, "status": _table}
     built = makers[panel.kind](panel, config.watch.get(panel.name, panel.watch_from))
-    query = ClickHouseQuery(grafana_sql(panel), series=panel.kind == "timeseries")
+    query = ClickHouseQuery(grafana_sql(panel, config), series=panel.kind == "timeseries")
     source = models.DataSourceRef(type_val=PLUGIN, uid="${datasource}")
     return built.title(panel.title).description(panel.answers).datasource(source).with_target(_Built(query))
 

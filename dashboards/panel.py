@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from string import Template
 from typing import Final, Literal
 
+from detectors.budget import BUDGET, PARTS, per_week
+
 Kind = Literal["timeseries", "table", "stat", "status"]
 Shown = Literal["text", "time", "number", "severity", "state", "summary", "entity", "evidence", "process", "span"]
 """How a column of a table is drawn. `summary` links to the finding, `entity` to the events of that entity, `process`
@@ -19,6 +21,7 @@ BOUND: Final[dict[str, str]] = {
     "bucket": "toDateTime(intDiv(toUnixTimestamp(timestamp), {bucket_s:UInt32}) * {bucket_s:UInt32}, 'UTC')",
     "bucket_s": "{bucket_s:UInt32}",
     "tenant": "({tenant:String} = '' OR tenant = {tenant:String})",
+    "budget_a_week": str(per_week(BUDGET)),
 }
 """All that a panel's SQL takes from outside, as parameters that the store binds. `grafana.py` has the same names as
 macros of Grafana's ClickHouse data source."""
@@ -26,6 +29,7 @@ macros of Grafana's ClickHouse data source."""
 SHARED: Final[dict[str, str]] = {
     "events": "events\nWHERE $in_range AND $tenant AND NOT duplicate AND NOT quarantined",
     "answered": "status IN ('ok', 'blocked_output')",
+    "budget_shares": "[{}]".format(", ".join(f"('{part.detector}', {part.share})" for part in PARTS)),
 }
 """What panels mean by the same words."""
 

@@ -160,7 +160,7 @@ PLOTS: Final = (
         tones=STATUS_TONES,
         stacked=True,
         width=8,
-        detectors=("block_rate", "latency", "probing", "campaign", "token_length"),
+        detectors=("block_rate", "latency", "probing", "campaign", "token_length", "volume"),
     ),
     Panel(
         name="block_rate",
@@ -243,7 +243,7 @@ PLOTS: Final = (
             GROUP BY time ORDER BY time
             """,
         series=(Series(column="tokens_out", label="out", tone="c2"), Series(column="tokens_in", label="in", tone="c1")),
-        detectors=("token_length", "cost", "extraction"),
+        detectors=("token_length", "volume", "cost", "extraction"),
     ),
     Panel(
         name="token_time",
@@ -327,6 +327,43 @@ TABLES: Final = (
         width=6,
     ),
 )
+FALSE_ALARMS: Final = Panel(
+    name="false_alarms",
+    title="False alarms against the budget",
+    answers="Of the four weeks before the end of the range: how many findings a week did people call false positives, "
+    "and how many does the alert budget give each detector? Young tenants' weeks are counted from their first event.",
+    kind="table",
+    sql="""
+        WITH ages AS (
+            SELECT tenant, least(4., greatest(1., dateDiff('second', min(minute), $to) / 604800)) AS weeks
+            FROM events_1m WHERE $tenant AND minute >= $to - INTERVAL 28 DAY AND minute < $to GROUP BY tenant
+        ),
+        told AS (
+            SELECT tenant, detector, count() AS findings,
+                countIf(JSONExtractBool(json, 'false_positive')) AS called_false
+            FROM findings_now
+            WHERE $tenant AND first_seen >= $to - INTERVAL 28 DAY AND first_seen < $to
+            GROUP BY tenant, detector
+        )
+        SELECT ages.tenant AS tenant, tupleElement(part, 1) AS detector, told.findings AS findings,
+            told.called_false AS called_false, told.called_false / weeks AS a_week,
+            $budget_a_week * tupleElement(part, 2) AS budget, a_week / budget AS of_budget
+        FROM (SELECT tenant, weeks, arrayJoin($budget_shares) AS part FROM ages) AS ages
+        LEFT JOIN told ON told.tenant = ages.tenant AND told.detector = tupleElement(part, 1)
+        ORDER BY of_budget DESC, findings DESC, tenant, detector LIMIT 500
+        """,
+    columns=(
+        Column(column="tenant", label="Tenant"),
+        Column(column="detector", label="Detector"),
+        Column(column="findings", label="Findings", shown="number"),
+        Column(column="called_false", label="Called false", shown="number"),
+        Column(column="a_week", label="A week", shown="number"),
+        Column(column="budget", label="Budget a week", shown="number"),
+        Column(column="of_budget", label="Of budget", shown="number", unit="ratio", watch_from=1.0001),
+    ),
+    width=8,
+    empty="No tenant sent requests in the four weeks before.",
+)
 ACCOUNT: Final = Panel(
     name="account",
     title="Account of the events",
@@ -355,5 +392,5 @@ ACCOUNT: Final = Panel(
     width=4,
     empty="The store holds no events.",
 )
-PANELS: Final = (*STATS, FINDINGS, PROCESSES, ACCOUNT, *PLOTS, *TABLES)
+PANELS: Final = (*STATS, FINDINGS, PROCESSES, ACCOUNT, FALSE_ALARMS, *PLOTS, *TABLES)
 BY_NAME: Final = {panel.name: panel for panel in PANELS}

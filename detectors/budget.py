@@ -14,7 +14,7 @@ from msgspec import Struct
 if TYPE_CHECKING:
     from detectors.config import DetectConfig
 
-BUDGET: Final = "2 per week per tenant"
+BUDGET: Final = "2.5 per week per tenant"
 WEEKS: Final = {"day": 1 / 7, "week": 1.0, "month": 365.25 / 12 / 7}
 _FORM: Final = re.compile(r"(\d{1,6}(?:\.\d{1,6})?) per (day|week|month) per tenant")
 NATS_A_DECADE: Final = 7.0
@@ -36,7 +36,7 @@ class Part(Struct, frozen=True):
 PARTS: Final = (
     Part(
         "block_rate",
-        0.25,
+        0.2,
         "budget_per_week",
         lambda default, times: round(default * times, 6),
         "a tenant's keys share it; thresholds are peaks over threshold on each chart's own past, in the first week"
@@ -44,31 +44,38 @@ PARTS: Final = (
     ),
     Part(
         "campaign",
-        0.05,
+        0.04,
         "users_min",
         lambda default, times: min(max(default + math.ceil(-math.log2(times)), 4), 64),
         "half the false campaigns ask one more user; the default is taken for one in ten weeks",
     ),
     Part(
         "latency",
-        0.25,
+        0.2,
         "budget_per_week",
         lambda default, times: round(default * times, 6),
         "one model; with more, each has this many",
     ),
     Part(
         "probing",
-        0.2,
+        0.16,
         "threshold",
         lambda default, times: round(max(default - NATS_A_DECADE * math.log10(times), 1.0), 2),
         "4,000 benign sessions a week and tenant, of which the default flags 0.01 %; 7 nats more flag a tenth",
     ),
     Part(
         "token_length",
-        0.25,
+        0.2,
         "budget_per_week",
         lambda default, times: round(default * times, 6),
         "a completion is rare at 1 in 1,000, and rare ones of a user come apart",
+    ),
+    Part(
+        "volume",
+        0.2,
+        "budget_per_week",
+        lambda default, times: round(default * times, 6),
+        "how far clients exceed their own past falls off exponentially in its logarithm; in the first weeks assumed",
     ),
 )
 

@@ -1,6 +1,6 @@
 """All detectors, in order of name. A new one is added here and nowhere else."""
 
-from detectors import block_rate, campaign, coverage, latency, probing, token_length
+from detectors import block_rate, campaign, coverage, latency, probing, token_length, volume
 from detectors.config import DetectConfig
 from detectors.detector import Card, Detector
 
@@ -14,6 +14,7 @@ def detectors() -> tuple[Detector, ...]:
         latency.DETECTOR,
         probing.DETECTOR,
         token_length.DETECTOR,
+        volume.DETECTOR,
     )
 
 

@@ -218,6 +218,29 @@ class TokenLengthConfig(_Table):
     keys_max: int = Field(4_096, ge=1, description="Buckets (tenant x model x prompt size x limit) an engine.")
 
 
+class VolumeConfig(_Table):
+    """More requests or tokens than a client's own past and its tenant's clients explain."""
+
+    enabled: bool = True
+    window_s: int = Field(600, ge=60, le=3_600, description="Requests and tokens are added up over so long.")
+    requests_min: int = Field(50, ge=1, description="Fewer requests in a window are never high volume.")
+    tokens_min: int = Field(50_000, ge=1, description="Fewer tokens in a window are never high volume.")
+    memory_s: int = Field(
+        14 * 86_400, ge=3_600, description="How long a client's largest window is remembered, fading all the while."
+    )
+    known_windows: int = Field(
+        20, ge=1, description="Active windows after which a client is compared with its own past alone."
+    )
+    stranger_share: float = Field(
+        0.01, gt=0, lt=0.5, description="A stranger is compared with the largest windows of his tenant: this share."
+    )
+    budget_per_week: float = Field(0.5, gt=0, description="False alarms a week and tenant that the threshold aims at.")
+    sessions_max: int = Field(10_000, ge=2, description="Users above their past whose sessions are told apart.")
+    keys_max: int = Field(50_000, ge=100, description="API keys and addresses remembered an engine.")
+    users_max: int = Field(10_000, ge=1, description="Clients above their past an engine.")
+    tenants_max: int = Field(256, ge=1, description="Tenants an engine.")
+
+
 class CampaignConfig(_Table):
     """Many users, one prompt family."""
 
@@ -265,6 +288,7 @@ class DetectConfig(_Table):
     probing: ProbingConfig = ProbingConfig()
     token_length: TokenLengthConfig = TokenLengthConfig()
     campaign: CampaignConfig = CampaignConfig()
+    volume: VolumeConfig = VolumeConfig()
 
     @model_validator(mode="before")
     @classmethod

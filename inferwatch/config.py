@@ -10,10 +10,10 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, cast, get_args
+from typing import Final, Self, cast, get_args
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -47,6 +47,14 @@ class Config(BaseSettings):
     sinks: SinksConfig = Field(SinksConfig(), description="Where findings are delivered.")
     store: StoreConfig = Field(StoreConfig(), description="ClickHouse or chDB.")
     dashboards: DashboardsConfig = Field(DashboardsConfig(), description="The HTML view.")
+
+    @model_validator(mode="after")
+    def _one_alert_budget(self) -> Self:
+        """Findings called false are held against the budget that the detectors were given."""
+        if "alert_budget" not in self.dashboards.model_fields_set:
+            held = self.dashboards.model_copy(update={"alert_budget": self.detect.alert_budget})
+            object.__setattr__(self, "dashboards", held)  # the model is frozen once it is made
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dashboards.panel import Panel
 from dashboards.panels import BY_NAME, PANELS
 from dashboards.window import between
+from detectors.budget import PARTS
 from tests.dashboards import day
 from tests.dashboards.conftest import HOURS_S, SEED
 from tests.dashboards.stored import StoreProcess
@@ -83,6 +85,42 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
     store.fill(rows)
     yield store
     store.close()
+
+
+def test_what_was_called_false_is_held_against_each_detectors_share(
+    tmp_path_factory: pytest.TempPathFactory, end_us: int
+) -> None:
+    """A tenant of two weeks whose three block-rate findings were called false thrice: 1.5 a week where 0.5 are allowed;
+    a verdict of five weeks ago counts no more, one tenant's verdicts are not another's, and no finding is no alarm."""
+    day_us = 86_400_000_000
+    maker = day.Maker(1, [0])
+    events = [maker.event(end_us - age * day_us, "u", number=age, tenant="acme") for age in (1, 14)]
+    events.append(maker.event(end_us - day_us, "u", number=30, tenant="other"))
+    template = next(each for each in day.findings(end_us) if each.detector == "block_rate")
+    verdicts = [("acme", 1, True), ("acme", 2, True), ("acme", 13, True), ("acme", 3, False), ("acme", 35, True)]
+    findings = [
+        msgspec.structs.replace(
+            template, uid=f"{number:032x}", tenant=tenant, first_seen_us=end_us - age * day_us, false_positive=verdict
+        )
+        for number, (tenant, age, verdict) in enumerate([*verdicts, ("other", 1, False)])
+    ]
+    store = StoreProcess(tmp_path_factory.mktemp("verdicts") / "store")
+    store.fill(events, findings)
+    rows = asked(store, "false_alarms", end_us - 3_600_000_000, end_us)
+    one = asked(store, "false_alarms", end_us - 3_600_000_000, end_us, tenant="other")
+    store.close()
+    assert len(rows) == 2 * len(PARTS)
+    assert rows[0] == {
+        "tenant": "acme",
+        "detector": "block_rate",
+        "findings": 4,
+        "called_false": 3,
+        "a_week": pytest.approx(1.5, 1e-3),
+        "budget": 0.5,
+        "of_budget": pytest.approx(3.0, 1e-3),
+    }
+    assert {row["called_false"] for row in rows[1:]} == {0}
+    assert {(row["tenant"], row["findings"]) for row in one} == {("other", 1), ("other", 0)}
 
 
 def test_the_block_rate_is_blocked_over_all_that_count(by_hand: StoreProcess) -> None:

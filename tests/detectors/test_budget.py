@@ -14,10 +14,11 @@ def test_the_default_budget_is_what_the_defaults_are_for() -> None:
 
 def test_half_the_budget_makes_every_detector_stricter() -> None:
     """Each detector's setting moves to the side of fewer alarms, and by as much as it says."""
-    usual, strict = DetectConfig(), DetectConfig(alert_budget="1 per week per tenant")
+    usual, strict = DetectConfig(), DetectConfig(alert_budget="1.25 per week per tenant")
     assert strict.block_rate.budget_per_week == usual.block_rate.budget_per_week / 2
     assert strict.latency.budget_per_week == usual.latency.budget_per_week / 2
     assert strict.token_length.budget_per_week == usual.token_length.budget_per_week / 2
+    assert strict.volume.budget_per_week == usual.volume.budget_per_week / 2
     assert strict.probing.threshold == pytest.approx(usual.probing.threshold + 2.107, abs=0.01)
     assert strict.campaign.users_min == usual.campaign.users_min + 1
     assert all(part.compiled for part in explain(strict))

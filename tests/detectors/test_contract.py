@@ -50,8 +50,8 @@ def part_of(columns: Columns, parts: int, part: int) -> Columns:
 
 
 def staged(detector: Detector, seed: int) -> list[AuditEvent]:
-    """The demo, and for the campaign detector the campaign that the demo leaves out."""
-    return four_campaigns(seed, which="brltd" if detector.card.name == "campaign" else "brlt").events
+    """The demo, and for two detectors the campaigns that the demo leaves out."""
+    return four_campaigns(seed, which="brlt" + {"campaign": "d", "volume": "v"}.get(detector.card.name, "")).events
 
 
 class Halves:
@@ -253,6 +253,7 @@ SMALL = {
     "campaign": {"users_max": 20, "families_max": 20, "passed_max": 4},
     "latency": {"keys_max": 5, "window_s": 2, "min_calls": 10},
     "probing": {"suspects_max": 20},
+    "volume": {"users_max": 5, "keys_max": 100, "sessions_max": 5, "requests_min": 1, "tenants_max": 1},
     "token_length": {"users_max": 5, "keys_max": 5, "baseline_calls_min": 20, "settle_s": 1},
 }
 

@@ -10,7 +10,7 @@ def four_campaigns(
     seed: int, *, calm_s: float = 60, which: str = "brlt", span_s: float = 12, rate: float = 7.0
 ) -> Traffic:
     """`which`: b a burst of blocked prompts, r a probing session, l a latency attack, t long completions,
-    d one prompt's variants by many users."""
+    d one prompt's variants by many users, v one client's flood of requests."""
     traffic = Traffic(seed, rate=rate)
     now_s = calm_s
     traffic.calm(0, now_s)
@@ -24,6 +24,8 @@ def four_campaigns(
             traffic.spread(now_s, span_s)
         elif campaign == "l":
             traffic.heavy(now_s, span_s)
+        elif campaign == "v":
+            traffic.flood(now_s, span_s)
         else:
             traffic.long_answers(now_s, span_s)
         traffic.calm(now_s + span_s, 4)

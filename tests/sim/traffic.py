@@ -129,6 +129,14 @@ class Traffic:
             at_s = begin_s + span_s * (number + self.rng.random()) / prompts
             self.one(at_s, 400 + number % users, 40, 512, self.rng.randint(380, 420))
 
+    def flood(
+        self, begin_s: float, span_s: float = 12, requests: int = 900, user: int = 700, sessions: int = 1
+    ) -> None:
+        """One client sends as fast as it can, a session in turn."""
+        for number in range(requests):
+            at_s = begin_s + span_s * (number + self.rng.random()) / requests
+            self.one(at_s, user, 40, 32, self.rng.randint(8, 32), session=900 + number % sessions)
+
 
 def hash_of(shingles: set[int]) -> str:
     return hashlib.blake2b(repr(sorted(shingles)).encode(), digest_size=16).hexdigest()
