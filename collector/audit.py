@@ -12,16 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from collector.answers import Answer
 from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
-from collector.event import Adapter, GuardResult, Stage, Status
+from collector.event import Adapter, Decision, GuardResult, Media, Stage, Status
+from collector.guards.protocol import MediaGuard
 from collector.guards.stack import GuardStack
 from collector.identity import Pseudonyms
 from collector.limits import Lease
+from collector.media import Item, listed
 from collector.prompt import PromptView, rendered_view
 from collector.publisher import Publisher, Ticket
+from collector.reconcile import Tally
 from collector.routes import GateConfig
 
 log = structlog.get_logger(__name__)
@@ -31,7 +35,10 @@ STAGES: Final[tuple[Stage, ...]] = ("input", "retrieved", "tool", "output")
 
 
 class Blocked(Exception):
-    """A guard blocked the request. Its event is written."""
+    """Policy blocked the request. Its event is written. The message is for the client."""
+
+    def __init__(self) -> None:
+        super().__init__("This request was blocked by policy.")
 
 
 class Unaudited(Exception):
@@ -56,6 +63,10 @@ class EngineRequest(NamedTuple):
     model_version: str = ""
     """Where one process serves several models; empty: the process's own."""
     weights_digest: str = ""
+    adapter_refused: bool = False
+    """The adapter is not among those that may answer."""
+    media: tuple[Media, ...] = ()
+    """What the engine was given beside text."""
 
     def __repr__(self) -> str:
         return f"EngineRequest({self.operation}, {self.prompt_tokens} tokens)"
@@ -83,7 +94,18 @@ _NOTHING: Final[Mapping[str, object]] = {}
 class Audit:
     """One engine request that was begun. `close` it once; later calls change nothing."""
 
-    __slots__ = ("_auditor", "_known", "_lease", "_started_s", "_ticket", "closed", "first_token_s")
+    __slots__ = (
+        "_auditor",
+        "_known",
+        "_lease",
+        "_started_s",
+        "_tally",
+        "_ticket",
+        "closed",
+        "first_token_s",
+        "generated",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -95,8 +117,18 @@ class Audit:
     ) -> None:
         self._auditor, self._ticket, self._known, self._started_s = auditor, ticket, known, started_s
         self._lease = lease
+        self._tally: Tally | None = None
+        self.request_id = ""
+        """As the engine was given it."""
+        self.generated: int | None = None
+        """Tokens, where more is known than the answer shows."""
         self.first_token_s = 0.0
         self.closed = False
+
+    def begin_in_engine(self, tally: Tally, request_id: str) -> None:
+        """The request is handed to the engine under this id: its own count will have it."""
+        self._tally, self.request_id = tally, request_id
+        tally.begin(request_id)
 
     def saw_tokens(self) -> None:
         """Tokens arrived: the first time counts where the engine measures none itself."""
@@ -117,12 +149,14 @@ class Audit:
         answer: Answer | Counted | None = None,
         verdicts: Sequence[GuardResult] = (),
         timing: Timing = _UNTIMED,
+        generated: int | None = None,
         reason: str = "",
         http_status: int = 0,
         told: Mapping[str, object] = _NOTHING,
     ) -> None:
         """Write the event; `told`: fields learnt only from the answer.
 
+        `generated`: tokens that the engine had generated, where the answer shows fewer.
         Raises `Unaudited` where that fails: then the answer must not leave.
         """
         if self.closed:
@@ -137,6 +171,9 @@ class Audit:
         }
         if answer is not None:
             fields |= {"response_tokens": answer.token_count, "finish_reason": answer.finish_reason}
+        generated = self.generated if generated is None else generated
+        if generated is not None:
+            fields["response_tokens"] = max(generated, answer.token_count if answer is not None else 0)
         if verdicts:
             judged = self._known["guardrail_results"]
             assert isinstance(judged, list)  # noqa: S101 - set by `Auditor.open`, for the type checker
@@ -146,9 +183,11 @@ class Audit:
         fields |= {name: max(0.0, value) for name, value in timing._asdict().items() if value is not None}
         self._auditor.finish(self._ticket, fields)
         self.closed = True
+        if self._tally is not None:
+            self._tally.close(self.request_id)
         if self._lease is not None and status != "blocked_input":
             read = told.get("prompt_tokens", self._known["prompt_tokens"])
-            tokens = int(str(read)) + (0 if answer is None else answer.token_count)
+            tokens = int(str(read)) + int(str(fields.get("response_tokens", 0)))
             self._lease.spend(tokens, self._auditor.identity.monotonic_s())
 
 
@@ -165,13 +204,16 @@ class Auditor:
         model_version: str,
         weights_digest: str = "",
         workers: int = 2,
+        media_guard: MediaGuard | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`gate.tenant` must be among the tenants of `identity`.
 
         `workers`: threads that judge, as many as the guards take requests at a time.
+        `media_guard`: judges media for tenants whose policy is `guard`; without one such media are refused.
         """
         self.publisher, self.guards, self.identity, self.gate = publisher, guards, identity, gate
+        self._media_guard = media_guard
         self.clock_s = clock_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
         self._model = {"model_version": model_version, "weights_digest": weights_digest}
@@ -218,6 +260,18 @@ class Auditor:
         }
         return Judged(view, results, self.guards.blocks(results, tenant=tenant), digests)
 
+    def judge_media(self, found: Sequence[Item], caller: Caller) -> tuple[list[Media], list[GuardResult], bool]:
+        """What the event says of them, the verdicts, and whether they may pass by the tenant's policy. Blocking."""
+        told = [item.told(self._names(caller).digest) for item in found]
+        policy = self.gate.media_policy(caller.tenant)
+        if not found or policy != "guard":
+            return told, [], not found or policy == "allow"
+        if self._media_guard is None:
+            return told, [], False
+        verdict = judged(self._media_guard, found)
+        self.count_errors([verdict])
+        return told, [verdict], verdict.decision == "allow"
+
     def _names(self, caller: Caller) -> Pseudonyms:
         return caller.names or self.identity.names(caller.tenant)
 
@@ -244,23 +298,37 @@ class Auditor:
         if at_hand is not None:
             at_hand.engine_requests += 1
         audit = Audit(self, ticket, known, started_s, at_hand.lease if at_hand is not None else None)
-        if judged.blocked:
-            audit.close("blocked_input", http_status=403, reason="guard")
-            raise Blocked
-        if request.text is None and self.stages - {"output"}:
-            audit.close("blocked_input", http_status=403, reason="unreadable")
+        if reason := self._refusal(request, judged, caller.tenant, at_hand):
+            audit.close("blocked_input", http_status=403, reason=reason)
             raise Blocked
         return audit
+
+    def _refusal(self, request: EngineRequest, judged: Judged, tenant: str, at_hand: Exchange | None) -> str:
+        """Why an engine request that was begun must not go on; empty where it may."""
+        if judged.blocked:
+            return "guard"
+        if request.adapter_refused:
+            return "adapter"
+        if request.media and not (at_hand is not None and at_hand.media) and self.gate.media_policy(tenant) != "allow":
+            return "media"  # no gate has seen it and asked for it
+        if request.text is None and self.stages - {"output"}:
+            return "unreadable"
+        return ""
 
     def _known(
         self, request: EngineRequest, caller: Caller, judged: Judged, at_hand: Exchange | None
     ) -> dict[str, object]:
+        digest = self._names(caller).digest
+        media, verdicts = [replace(each, digest=digest(each.digest)) for each in request.media], judged.verdicts
+        if at_hand is not None and media:
+            media, verdicts = list(at_hand.media) or media, [*verdicts, *at_hand.media_verdicts]
         known: dict[str, object] = {
             **caller.fields(),
             **self._model,
             **judged.digests,
-            "prompt_hash": self._names(caller).digest(request.text or ""),
-            "guardrail_results": list(judged.verdicts),
+            **listed(media),
+            "prompt_hash": digest(request.text or ""),
+            "guardrail_results": list(verdicts)[:64],
             "view": judged.view.view,
             "operation": request.operation,
             "prompt_tokens": request.prompt_tokens,
@@ -304,10 +372,34 @@ class Auditor:
                 operation=at_hand.operation,
                 trace_id=at_hand.trace_id,
                 latency_ms=max(0.0, latency_s * 1000),
+                guardrail_results=list(at_hand.media_verdicts),
+                **listed(at_hand.media),
             )
         except Exception as error:  # noqa: BLE001 - as above
             raise _unaudited("a rejection can't be written to the journal", error) from None
         at_hand.rejected = True
+
+
+def judged(guard: MediaGuard, found: Sequence[Item]) -> GuardResult:
+    """A media guard's verdict on all items, the worst; whatever it raises is the verdict `error`, which blocks."""
+    began_s = time.perf_counter()
+    try:
+        judgements = [guard.judge(item) for item in found]
+        worst = max(judgements, key=lambda each: (each.block, each.score))
+        decision: Decision = "block" if worst.block else "allow"
+        score, label, error = min(1.0, max(0.0, worst.score)), worst.label, ""
+    except Exception as failure:  # noqa: BLE001 - a broken guard must not let anything in
+        decision, score, label, error = "error", 0.0, "", type(failure).__name__
+    return GuardResult(
+        guard=guard.name,
+        version=guard.version,
+        stage="input",
+        decision=decision,
+        score=score,
+        label=label[:256],
+        latency_ms=(time.perf_counter() - began_s) * 1000,
+        error=error[:256],
+    )
 
 
 def _unaudited(what: str, error: Exception) -> Unaudited:

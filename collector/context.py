@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
-from collector.event import GuardResult
+from collector.event import GuardResult, Media
 from collector.identity import Principal, Pseudonyms
 from collector.limits import Lease
 from collector.prompt import PromptView
@@ -73,6 +73,9 @@ class Exchange:
     started_s: float = 0.0
     """When its body had been read, on the performance counter: what the client takes to send it is not our latency."""
     prompts: Sequence[Judged] = ()
+    media: Sequence[Media] = ()
+    """What its body holds beside text; it was allowed."""
+    media_verdicts: Sequence[GuardResult] = ()
     engine_requests: int = 0
     """Engine requests that were begun for it; each has its event."""
     rejected: bool = False

@@ -72,6 +72,18 @@ class Adapter(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     digest: Digest = ""
 
 
+class Media(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """An image, sound or film in a prompt: never its bytes, which no text guard can read."""
+
+    kind: Literal["image", "audio", "video", "file", "embeds"]
+    source: Literal["inline", "url", "cached", "engine"] = "inline"
+    """Where the bytes came from: the body, an address, the server's cache, or only the engine saw them."""
+    digest: Digest = ""
+    """Over the bytes where they are inline, else over the address or the engine's own digest."""
+    size_bytes: Count = 0
+    """0 where the bytes were not in the body."""
+
+
 class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="kind"):
     """What every record carries.
 
@@ -121,6 +133,9 @@ class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False
     stream: bool = False
     n: Annotated[int, Meta(ge=0, le=65536)] = 1
     adapter: Adapter | None = None
+    media: Annotated[list[Media], Meta(max_length=64)] = []
+    """The first 64 of `media_count`."""
+    media_count: Count = 0
     weights_digest: Digest = ""
     key_id: Name = ""
     api_key: Pseudonym = ""
@@ -165,6 +180,10 @@ class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False,
     dropped: Count = 0
     journal_bytes: Count = 0
     guard_errors: dict[Name, Count] = {}
+    engine_finished: Count = 0
+    """What the engine's own statistics count as finished; n choices are n."""
+    unaudited: Count = 0
+    """Of those the ones that never passed the wrapper: each is an inference without an event."""
 
 
 class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="goodbye"):

@@ -243,11 +243,20 @@ class Feeder:
     async def _beat(self, book: Book, tail: Tail) -> None:
         """A heartbeat for each lane that is silent; looks often enough to be at most a fifth late."""
         silence_s = self._config.heartbeat_ms / 1000
+        told = 0
         while True:
             await asyncio.sleep(silence_s / 5)
-            for partition in book.silent(silence_s, tail.position):
+            lanes, unaudited = set(book.silent(silence_s, tail.position)), self._unaudited
+            if unaudited != told:
+                lanes.add(0)  # the detector reads lane 0, and under load no lane is ever silent
+            for partition in sorted(lanes):
                 with suppress(JournalFull, Closed):
-                    book.control(partition, Heartbeat, **self._beat_fields(book))
+                    self.beat(book, partition)
+                    told = told if partition else unaudited
+
+    def beat(self, book: Book, partition: int) -> None:
+        """A heartbeat on one lane. Raises JournalFull, Closed."""
+        book.control(partition, Heartbeat, **self._beat_fields(book))
 
     def _beat_fields(self, book: Book) -> dict[str, Any]:
         counters = self._counters
@@ -259,7 +268,13 @@ class Feeder:
             "dropped": counters.dropped + counters.oversized + counters.invalid + self._sender.replaced,
             "journal_bytes": book.journal.bytes,
             "guard_errors": dict(counters.guard_errors),
+            "engine_finished": counters.tally.finished if counters.tally is not None else 0,
+            "unaudited": self._unaudited,
         }
+
+    @property
+    def _unaudited(self) -> int:
+        return self._counters.tally.unaudited if self._counters.tally is not None else 0
 
     async def _sync(self, book: Book) -> None:
         """fsync against loss of power, every `fsync_ms`, off this loop; the disk may take its time."""
@@ -314,6 +329,7 @@ class Feeder:
                 "events": counters.events,
                 "rejections": counters.rejections,
                 "engine_requests": counters.engine_requests,
+                "unaudited": self._unaudited,
                 "oversized": counters.oversized,
                 "invalid": counters.invalid,
                 "refused_batches": self._sender.refused,

@@ -19,6 +19,7 @@ import structlog
 from collector.audit import Auditor, Unaudited
 from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
+from collector.media import items
 from collector.prompt import Body, PromptView, TooDeep, views
 from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
@@ -45,6 +46,8 @@ class Gate:
     server's start or, where the server has no lifespan, at the first request. What it raises stops the server's start.
     `stop`: called at the end of the server, blocking. `routes`: the table of the server behind. `read`: gives the
     prompts of a body by the route's operation; what it refuses as a `Refusal` does not pass.
+    `selftest`: awaited once the auditor is there, before anything is answered: sends a request through what is behind
+    the gate and sees that it has its event. What it raises stops the server's start too.
     """
 
     def __init__(
@@ -55,8 +58,9 @@ class Gate:
         stop: Callable[[], None],
         routes: RouteTable = VLLM,
         read: Reader = views,
+        selftest: Callable[[Scope, Auditor], Awaitable[None]] | None = None,
     ) -> None:
-        self._app, self._open, self._stop = app, auditor, stop
+        self._app, self._open, self._stop, self._selftest = app, auditor, stop, selftest
         self._routes, self._read = routes, read
         self._auditor: Auditor | None = None
         self._opening = asyncio.Lock()
@@ -93,8 +97,11 @@ class Gate:
     async def _ready(self, scope: Scope) -> Auditor:
         async with self._opening:
             if self._auditor is None:
-                self._auditor = await asyncio.to_thread(self._open, scope)
+                auditor = await asyncio.to_thread(self._open, scope)
                 _tell_unknown_routes(scope, self._routes)
+                if self._selftest is not None:
+                    await self._selftest(scope, auditor)
+                self._auditor = auditor
         return self._auditor
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,17 +195,19 @@ class Gate:
         body = await auditor.in_thread(parse, raw) if large else parse(raw)
         if "user" in body or "session_id" in body:
             at_hand.caller = caller_of(scope, auditor, at_hand, body)
-        if body.get("use_beam_search"):
-            raise Refusal(
-                400, "beam_search", "Beam search is not served here: its answers can't be judged as they form."
-            )
         if body.get("background"):
             raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
         try:
             prompts = self._read(route.operation, body)
+            found = await auditor.in_thread(items, body) if large else items(body)
         except TooDeep:
             raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
         caller = at_hand.caller
+        if found:
+            judging = auditor.in_thread(auditor.judge_media, found, caller)
+            at_hand.media, at_hand.media_verdicts, passes = await judging
+            if not passes:
+                raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")
 
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
             return [auditor.judge(view, caller) for view in found]

@@ -129,6 +129,8 @@ class Publisher:
         try:
             for ticket in book.close():
                 book.finish(ticket, AuditEvent, {"status": "aborted", "reason": "the collector stopped"})
+            if self.counters.tally is not None:
+                self._feeder.beat(book, 0)
             for partition in range(self._feeder.partitions):
                 book.control(partition, Goodbye)
         except JournalFull:

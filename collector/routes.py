@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Handling = Literal["audited", "harmless", "refused"]
+MediaPolicy = Literal["deny", "allow", "guard"]
 
 
 class Route(NamedTuple):
@@ -25,6 +26,7 @@ _AUDITED: Final[Mapping[str, str]] = {
     "/v1/chat/completions/batch": "chat",
     "/v1/completions": "completion",
     "/v1/responses": "responses",
+    "/cohere/v2/chat": "chat",
     "/v1/messages": "messages",
     "/v1/embeddings": "embedding",
     "/v2/embed": "embedding",
@@ -54,6 +56,7 @@ _HARMLESS: Final[Mapping[str, str]] = {
     "POST /detokenize": "tokenize",
     "POST /v1/messages/count_tokens": "tokenize",
     "POST /v1/messages/render": "render",
+    "POST /cohere/v2/chat/render": "render",
     "POST /v1/responses/render": "render",
     "POST /v1/chat/completions/render": "render",
     "POST /v1/chat/completions/derender": "render",
@@ -67,6 +70,8 @@ _REFUSED: Final[tuple[str, ...]] = (
     # They read or end what belongs to other clients: neither asks whose it is.
     "GET /v1/responses/{response_id}", "POST /v1/responses/{response_id}/cancel", "POST /abort_requests",
     "POST /inference/v1/abort_requests",
+    # They take sound as a form, which the gate does not read; a websocket is refused whatever its path.
+    "POST /v1/audio/transcriptions", "POST /v1/audio/translations",
     # They change the model, its weights, adapters or caches, or run code in its workers.
     "POST /adapters", "DELETE /adapters/{adapter_name}", "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter",
     "POST /collective_rpc", "POST /scale_elastic_ep", "POST /sleep", "POST /wake_up", "GET /is_sleeping",
@@ -74,7 +79,8 @@ _REFUSED: Final[tuple[str, ...]] = (
     "POST /reset_encoder_cache", "POST /release_kv_cache_memory", "POST /init_weight_transfer_engine",
     "POST /shutdown_weight_transfer_engine", "POST /start_weight_update", "POST /start_draft_weight_update",
     "POST /finish_weight_update", "POST /update_weights", "POST /update_weight_version", "POST /weight_checker",
-    "GET /get_world_size",
+    "GET /get_world_size", "POST /start_profile", "POST /stop_profile", "POST /fault_tolerance/apply",
+    "GET /fault_tolerance/status",
 )  # fmt: skip
 
 ROUTES: Final[Mapping[str, Route]] = {
@@ -145,6 +151,17 @@ class GateConfig(BaseModel):
     blocked_text: str = Field(
         "This answer was withheld by policy.", min_length=1, max_length=1_000, description="Put for a blocked answer."
     )
+
+    media: MediaPolicy = Field(
+        "deny",
+        description="Images, sound and films in prompts, which text guards can't read. deny: 403. allow: digest, size "
+        "and count in the event. guard: ask the image guard.",
+    )
+    media_tenants: dict[str, MediaPolicy] = Field({}, max_length=4_096, description="The same for single tenants.")
+
+    def media_policy(self, tenant: str) -> MediaPolicy:
+        """What happens to media in this tenant's prompts."""
+        return self.media_tenants.get(tenant, self.media)
 
     @field_validator("open_routes")
     @classmethod

@@ -7,6 +7,7 @@ import msgspec
 
 from collector.event import AuditEvent
 from collector.journal import BEGIN
+from collector.reconcile import Tally
 
 KNOWN_BYTES_MAX: Final = 64 * 1024
 """What is known at `begin` is left out of the journal beyond this; a `lost` event then has only its id."""
@@ -48,7 +49,16 @@ class Begun(msgspec.Struct, frozen=True):
 class Counters:
     """What heartbeats carry. The engine and the guards count here; the rest is the book's."""
 
-    __slots__ = ("dropped", "engine_requests", "events", "guard_errors", "invalid", "oversized", "rejections")
+    __slots__ = (
+        "dropped",
+        "engine_requests",
+        "events",
+        "guard_errors",
+        "invalid",
+        "oversized",
+        "rejections",
+        "tally",
+    )
 
     def __init__(self) -> None:
         self.engine_requests = 0
@@ -59,6 +69,8 @@ class Counters:
         self.oversized = 0
         self.invalid = 0
         self.guard_errors: dict[str, int] = {}
+        self.tally: Tally | None = None
+        """The engine's own count, where there is an engine in this process."""
 
     def guard_error(self, guard: str) -> None:
         """One more error of this guard; at most 64 guards are told apart."""

@@ -1,10 +1,12 @@
-"""coverage: what the audit itself missed. Holes in a lane's `seq`, late events, quarantined records.
+"""coverage: what the audit itself missed. Holes in a lane's `seq`, late events, quarantined records, and inference that
+the engine counted and nobody audited.
 
 Not a statistic: each is a fact, so there is no cold start and no threshold. One finding per lane and problem (T7). A
 lane is (collector, boot, partition), so these findings follow the partitions, as the lanes do.
 
 Memory: one entry per lane and problem and closing, at most `LANES_TOLD_MAX`; beyond that the rest is told under one
-entry "(other lanes)", so a flood of made-up collector names can't grow it.
+entry "(other lanes)", so a flood of made-up collector names can't grow it. The last count of unaudited inference of as
+many boots; one that was forgotten is told anew from 0.
 """
 
 from typing import Final
@@ -12,6 +14,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from collector.event import Heartbeat, timestamp_us
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageTwo
 from detectors.finding import Entity, Severity, Statistic
@@ -22,7 +25,12 @@ NAME: Final = "coverage"
 LANES_TOLD_MAX: Final = 256
 OTHER_LANES: Final = "(other lanes)"
 
-SEVERITIES: Final[dict[str, Severity]] = {"hole": "high", "late": "low", "quarantined": "medium"}
+SEVERITIES: Final[dict[str, Severity]] = {
+    "hole": "high",
+    "late": "low",
+    "quarantined": "medium",
+    "unaudited": "high",
+}
 
 
 class Told(Struct):
@@ -37,6 +45,12 @@ class Told(Struct):
     samples: list[Sample] = []
 
 
+class _State(Struct, array_like=True):
+    told: dict[str, Told]
+    counters: dict[str, int]
+    unaudited: dict[str, int] = {}
+
+
 class CoverageOne:
     """Gathers the clock's troubles of one partition and tells them when a second closes."""
 
@@ -44,10 +58,27 @@ class CoverageOne:
         self._tenant = config.platform_tenant
         self._partition = partition
         self._told: dict[str, Told] = {}
+        self._unaudited: dict[str, int] = {}
+        """The last count of each boot."""
         self.counters: dict[str, int] = {"lost_records": 0, "unnamed_lanes": 0}
 
+    def counts(self, beat: Heartbeat) -> bool:
+        """Whether `heartbeat` has to see it: its numbers are the collector's, so one lane of each is read."""
+        return self._partition == 0 and beat.unaudited > 0
+
+    def heartbeat(self, beat: Heartbeat, offset: int) -> None:
+        """What a collector counts of its engine. The count of a boot never falls; what it grew by is told."""
+        boot = f"{beat.collector_id}/{beat.boot}"
+        grown = beat.unaudited - self._unaudited.pop(boot, 0)
+        while len(self._unaudited) >= LANES_TOLD_MAX:
+            del self._unaudited[next(iter(self._unaudited))]
+        self._unaudited[boot] = beat.unaudited
+        if grown > 0:
+            moment_us = timestamp_us(beat.timestamp)
+            self.trouble(Trouble("unaudited", beat.collector_id, beat.boot, moment_us, grown, beat.event_id, offset))
+
     def trouble(self, trouble: Trouble) -> None:
-        """One hole, late or quarantined record."""
+        """One hole, late or quarantined record, or growth of unaudited inference."""
         key = f"{trouble.collector_id}/{trouble.boot}/{self._partition}#{trouble.problem}"
         if key not in self._told and len(self._told) >= LANES_TOLD_MAX:
             self.counters["unnamed_lanes"] += 1
@@ -89,10 +120,11 @@ class CoverageOne:
         return signals
 
     def snapshot(self) -> bytes:
-        return _encoder.encode((self._told, self.counters))
+        return _encoder.encode(_State(self._told, self.counters, self._unaudited))
 
     def restore(self, raw: bytes) -> None:
-        self._told, self.counters = _decoder.decode(raw)
+        state = _decoder.decode(raw)
+        self._told, self.counters, self._unaudited = state.told, state.counters, state.unaudited
 
 
 class CoverageTwo(StageTwo):
@@ -101,7 +133,7 @@ class CoverageTwo(StageTwo):
     def signal(self, signal: Signal) -> list[Alarm]:
         """An episode starts when its second closed, not at a timestamp that may be hours off."""
         lane, _, problem = signal.entity.id.rpartition("#")
-        records = signal.counts["records"]
+        records, unit = signal.counts["records"], UNITS.get(problem, "record")
         at_us = (signal.second + 1) * SECOND_US
         return [
             Alarm(
@@ -113,9 +145,15 @@ class CoverageTwo(StageTwo):
                 last_seen_us=at_us,
                 severity=SEVERITIES[problem],
                 confidence="high",
-                statistic=Statistic(name=problem, observed=float(records), baseline=0.0, threshold=0.0, unit="records"),
+                statistic=Statistic(
+                    name=problem,
+                    observed=float(records),
+                    baseline=0.0,
+                    threshold=0.0,
+                    unit=f"{unit}s",
+                ),
                 counts=signal.counts,
-                summary=SUMMARIES[problem].format(lane=lane, records=f"{records} record{'s' * (records != 1)}"),
+                summary=SUMMARIES[problem].format(lane=lane, records=f"{records} {unit}{'s' * (records != 1)}"),
                 offsets={signal.partition: (signal.first_offset, signal.last_offset)},
                 samples=signal.samples,
                 replay_us=(signal.first_seen_us, signal.last_seen_us),
@@ -127,20 +165,23 @@ SUMMARIES: Final[dict[str, str]] = {
     "hole": "{records} missing from lane {lane}: the audit has a gap",
     "late": "{records} of lane {lane} came after the second was judged; the replay judges them too",
     "quarantined": "{records} of lane {lane} set apart: clock too far ahead, or collector not expected",
+    "unaudited": "The engine behind lane {lane} finished {records} that nobody audited",
 }
+UNITS: Final[dict[str, str]] = {"unaudited": "request"}
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[dict[str, Told], dict[str, int]])
+_decoder = msgspec.msgpack.Decoder(_State)
 
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="1",
+        version="2",
         atlas=[],
         owasp=[],
         runbook=[
             "Is the collector alive, and does its journal still hold what is missing? `inferwatch status` names it.",
             "Compare its clock with the broker's; was a machine suspended or its time set?",
+            "Unaudited inference: what else runs in the server's process, and who may reach its engine?",
             "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
         ],
         key=["collector", "boot", "partition"],

@@ -20,6 +20,7 @@ from collector.event import (
     AuditEvent,
     Change,
     Goodbye,
+    Heartbeat,
     Hello,
     Rejection,
     Tick,
@@ -48,6 +49,9 @@ SPECIAL: Final = (Hello, Goodbye, Tick, Change)
 TOLD_OF_CHANGES: Final = ("block_rate",)
 """Detectors whose second half is sent change events, as signals."""
 EVENTS: Final = frozenset((AuditEvent, Rejection))
+SELF_TEST: Final = "selftest"
+"""The operation of the request that a collector sends itself at its start: it has its place in the lane, and is no
+user's, so no detector is given it."""
 
 
 class _PartitionState(Struct, array_like=True):
@@ -168,12 +172,16 @@ class PartitionEngine:
                 if record is not clean:
                     piece.records[index], piece.raws[index] = clean, encode(clean)
         types = set(map(type, piece.records))
-        if types.isdisjoint(SPECIAL):
+        if types <= EVENTS:
             self._run(piece, types)
             return
         special = [
             -1,
-            *(i for i, record in enumerate(piece.records) if isinstance(record, SPECIAL)),
+            *(
+                index
+                for index, record in enumerate(piece.records)
+                if isinstance(record, SPECIAL) or (isinstance(record, Heartbeat) and self._coverage.counts(record))
+            ),
             len(piece.records),
         ]
         for before, after in pairwise(special):
@@ -201,9 +209,13 @@ class PartitionEngine:
             for index, record in enumerate(records):
                 self._one(record, piece.raws[index], int(piece.append_ms[index]), int(piece.offsets[index]))
             return
-        if event.all():
+        tested = [
+            at for at, record in enumerate(records) if type(record) is AuditEvent and record.operation == SELF_TEST
+        ]
+        if event.all() and not tested:
             self._waiting.append(columns_of(records, piece.raws, piece.offsets, moment_us, self._reads))  # type: ignore[arg-type]
         else:
+            event[tested] = False
             mine = np.flatnonzero(event)
             events = [records[index] for index in mine.tolist()]
             raws = [piece.raws[index] for index in mine.tolist()]
@@ -215,11 +227,13 @@ class PartitionEngine:
     def _one(self, record: AnyRecord, raw: bytes, append_ms: int, offset: int) -> Flag:
         before = self._clock.state.closed_through
         flag = self._clock.observe(record, append_ms=append_ms, offset=offset)
-        if flag == "taken" and isinstance(record, AuditEvent):
+        if flag == "taken" and isinstance(record, AuditEvent) and record.operation != SELF_TEST:
             moment_us = np.array([timestamp_us(record.timestamp)], np.int64)
             self._waiting.append(columns_of([record], [raw], np.array([offset]), moment_us, self._reads))
         if flag == "control" and isinstance(record, Change):
             self._changes += self._changed(record, offset, before)
+        if flag == "control" and isinstance(record, Heartbeat) and self._coverage.counts(record):
+            self._coverage.heartbeat(record, offset)
         for trouble in self._clock.troubles():
             self._coverage.trouble(trouble)
         closed = self._clock.state.closed_through

@@ -12,28 +12,11 @@ from typing import Final
 
 from collector.startup import check
 from inferwatch.config import CONFIG_VARIABLE, ConfigError, load
+from inferwatch.refused import ServeRefused, check_command_line, check_environment
 
 GATE: Final = "inferwatch.vllm.Gate"
-_REFUSED_FLAGS: Final[Mapping[str, str]] = {
-    "--grpc": "the gRPC server has no gate",
-    "--headless": "a headless engine has no gate; run it as `vllm serve` beside a gated front end",
-    "--enable-log-requests": "it prints prompts into the log",
-    "--enable-log-outputs": "it prints answers into the log",
-    "--log-error-stack": "its traces may print prompts into the log",
-}
-_REFUSED_VARIABLES: Final[Mapping[str, str]] = {
-    "VLLM_USE_RUST_FRONTEND": "the Rust front end has no gate",
-    "VLLM_SERVER_DEV_MODE": "it opens routes that run code and change weights",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "it prints answers into the log",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "it loads adapters from any path a client names",
-}
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _PICKLE_FORMATS: Final = frozenset({"pt", "npcache"})
-_OFF: Final = frozenset({"", "0", "false", "off", "no"})
-
-
-class ServeRefused(ValueError):
-    """The server would not be watched, or not be safe: one sentence says why and what to do."""
 
 
 def serve(config_path: Path | None, argv: Sequence[str]) -> None:
@@ -66,16 +49,8 @@ def serve(config_path: Path | None, argv: Sequence[str]) -> None:
 
 def vllm_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """What follows `vllm serve`: the user's arguments, the gate, and safer defaults. Raises ServeRefused."""
-    for argument in argv:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in _REFUSED_FLAGS:
-            raise ServeRefused(f"{flag} is refused: {_REFUSED_FLAGS[flag]}")
-    for name, why in _REFUSED_VARIABLES.items():
-        if environment.get(name, "").lower() not in _OFF:
-            raise ServeRefused(f"the environment variable {name} is refused: {why}; unset it")
-    plugins = environment.get("VLLM_PLUGINS")
-    if plugins is not None and "inferwatch" not in [name.strip() for name in plugins.split(",")]:
-        raise ServeRefused("the environment variable VLLM_PLUGINS keeps inferwatch out: unset it, or add inferwatch")
+    check_command_line(argv)
+    check_environment(environment)
     _refuse_pickles(argv)
     line = list(argv)
     if GATE not in [_value(argument) for argument in argv]:

@@ -5,7 +5,9 @@ server that was asked for the gate and can't have it does not start.
 """
 
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+import sys
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from inferwatch.config import CONFIG_VARIABLE
@@ -15,10 +17,15 @@ failure: str | None = None
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes: puts the audit round the engine."""
+    """Called by vLLM in each of its processes: puts the audit round the engine.
+
+    Raises ServeRefused where this vLLM would open a road that has no gate; what a plugin raises stops the process.
+    """
     if os.environ.get(CONFIG_VARIABLE):
         from collector.engine import install  # noqa: PLC0415 - nothing of ours is loaded where we are not wanted
+        from inferwatch.refused import check_process  # noqa: PLC0415
 
+        check_process(sys.argv, os.environ)
         install(_open)
 
 
@@ -37,23 +44,45 @@ class Gate:
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         from collector import gate  # noqa: PLC0415
 
-        self._gate = gate.Gate(app, auditor=_auditor, stop=_stop)
+        self._gate = gate.Gate(app, auditor=_auditor, stop=_stop, selftest=_selftest)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """One ASGI connection."""
         await self._gate(scope, receive, send)
 
 
-def _auditor(scope: MutableMapping[str, Any]) -> Any:
-    """The auditor for the engine behind the app. Raises RuntimeError where the plugin is not round it."""
-    global failure  # noqa: PLW0603 - one server a process, and vLLM gives no other way back
-    from collector.engine import auditor_for  # noqa: PLC0415
+def _engine(scope: MutableMapping[str, Any]) -> Any:
+    return getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
 
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What stops the gate is kept for whoever runs the server in this process."""
+    global failure  # noqa: PLW0603 - one server a process, and vLLM gives no other way back
     try:
-        return auditor_for(getattr(getattr(scope.get("app"), "state", None), "engine_client", None))
+        yield
     except Exception as error:
         failure = str(error) or type(error).__name__
         raise
+
+
+def _auditor(scope: MutableMapping[str, Any]) -> Any:
+    """The auditor for the engine behind the app. Raises ServeRefused, RuntimeError where the plugin is not round it."""
+    from collector.engine import auditor_for  # noqa: PLC0415
+    from inferwatch.refused import check_arguments, check_environment  # noqa: PLC0415
+
+    with _told():
+        check_environment(os.environ)
+        check_arguments(getattr(getattr(scope.get("app"), "state", None), "args", None))
+        return auditor_for(_engine(scope))
+
+
+async def _selftest(scope: MutableMapping[str, Any], auditor: Any) -> None:
+    """One audited request through the real engine. Raises SelfTestFailed."""
+    from collector.engine import selftest  # noqa: PLC0415
+
+    with _told():
+        await selftest(_engine(scope), auditor)
 
 
 def _stop() -> None:

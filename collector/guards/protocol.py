@@ -8,11 +8,14 @@ nor each other: `collector.guards.stack` runs them, bounds their time and turns 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from collector.event import Stage
+
+if TYPE_CHECKING:
+    from collector.media import Item
 
 Threshold = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -66,6 +69,24 @@ class Guard(Protocol):
 
     def judge(self, text: str, stage: Stage) -> Judgement:
         """The judgement on `text`, of any length and content, lone surrogates included. Deterministic."""
+
+
+class MediaGuard(Protocol):
+    """Judges one image, sound or film at a time, for tenants whose media policy is `guard`; called from threads.
+
+    What it raises blocks the request. A remote address comes as such: fetching it is the guard's decision.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in the event."""
+
+    @property
+    def version(self) -> str:
+        """Changes whenever a verdict could change."""
+
+    def judge(self, item: "Item") -> Judgement:
+        """The judgement on one item."""
 
 
 class TenantPolicy(BaseModel):

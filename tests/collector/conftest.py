@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from collector.kafka import KafkaConfig
+from collector.routes import GateConfig
+from tests.collector.gating import Site
 from tests.collector.publishing import Maker
 
 
@@ -16,3 +18,9 @@ def make(kafka_config: KafkaConfig, tmp_path: Path) -> Iterator[Maker]:
     yield maker
     for publisher in maker.made:
         publisher.stop(1)
+
+
+@pytest.fixture
+def site() -> Site:
+    """A gate with its defaults."""
+    return Site(GateConfig())

@@ -23,7 +23,7 @@ from collector.identity import create_key_file
 from collector.identity_config import IdentityConfig
 from collector.routes import GateConfig
 from inferwatch.keys import add_api_key
-from tests.collector.test_gate import BODY, CHAT, App, Recorder
+from tests.collector.gating import BODY, CHAT, App, Recorder
 
 ISSUER, AUDIENCE = "https://issuer.example", "inferwatch"
 

@@ -17,7 +17,7 @@ from collector.identity import KeyProblem, KeyRing
 from collector.identity_config import IdentityConfig
 from inferwatch.keys import add_api_key, change_api_key, successor
 from tests.collector.doors import Site, ask, make_site, port_of, send_raw, serving
-from tests.collector.test_gate import BODY, CHAT
+from tests.collector.gating import BODY, CHAT
 
 CANARY = "canary-5d21"
 

@@ -122,6 +122,8 @@ RECORDS: dict[str, AnyRecord] = {
         dropped=3,
         journal_bytes=4096,
         guard_errors={"ngrams": 1},
+        engine_finished=11,
+        unaudited=1,
     ),
     "goodbye": Goodbye(**STAMP, reason="recovered"),
     "checkpoint": Checkpoint(

@@ -12,7 +12,7 @@ from collector.doors import open_identity
 from collector.identity import KeyProblem
 from collector.identity_config import ProxyConfig
 from tests.collector.doors import Site, ask, make_site, port_of, send_raw, serving
-from tests.collector.test_gate import BODY, CHAT
+from tests.collector.gating import BODY, CHAT
 
 SECRET = "s" * 40
 GOOD = (("x-inferwatch-proxy", SECRET), ("x-inferwatch-user", "carol"))

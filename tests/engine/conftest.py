@@ -213,12 +213,12 @@ def server(broker: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def run(work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(180)
+        return asyncio.run_coroutine_threadsafe(work, loop).result(300)
 
     engine, app, uvicorn_server, serving, port = run(_boot(model))
-    from collector import engine as plugin
+    from collector.engine.process import current
 
-    yield Server(site, f"http://127.0.0.1:{port}", guard, lambda: plugin._process.auditor, engine, app, run)
+    yield Server(site, f"http://127.0.0.1:{port}", guard, lambda: current.auditor, engine, app, run)
     uvicorn_server.should_exit = True
     run(serving)
     engine.shutdown()

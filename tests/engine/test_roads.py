@@ -293,12 +293,12 @@ def test_an_answer_whose_event_can_not_be_written_does_not_leave(
 
 def test_a_fault_of_the_plugin_fails_closed(server: Server, web: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug in the wrapper is a 503, never an unaudited answer."""
-    from collector import engine
+    from collector.engine import online
 
     def broken(*_: Any) -> None:
         raise AttributeError("secret words")
 
-    monkeypatch.setattr(engine, "_engine_request", broken)
+    monkeypatch.setattr(online, "engine_request", broken)
     answer = web.post("/v1/chat/completions", json=chat())
     assert answer.status_code == 503
     assert "secret words" not in answer.text

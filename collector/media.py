@@ -1,0 +1,115 @@
+"""Images, sound and films in a request's body: how many, how large, which. Their content is not for text guards.
+
+Pure: a parsed body in, items out. Knows the shapes of OpenAI's chat and responses, Anthropic's messages, Cohere's embed
+and Ollama's `images`; what it does not know the engine plugin still sees as a prompt with media in it.
+"""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from collector.event import Media
+from collector.prompt import DEPTH_MAX, TooDeep
+
+Kind = Literal["image", "audio", "video", "file", "embeds"]
+MEDIA_MAX: Final = 64
+"""Items listed in one event; all are counted, and all are judged."""
+KINDS: Final[Mapping[str, Kind]] = {
+    "image_url": "image",
+    "input_image": "image",
+    "image": "image",
+    "images": "image",
+    "image_pil": "image",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "video",
+    "input_file": "file",
+    "file": "file",
+    "image_embeds": "embeds",
+    "audio_embeds": "embeds",
+}
+_PAYLOADS: Final = ("url", "data", "image_url", "file_data", "file_url", "source", "b64_json")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image, sound or film as the body has it. Its repr shows nothing of it."""
+
+    kind: Kind
+    url: str = field(default="", repr=False)
+    """The address where it is not inline."""
+    data: bytes = field(default=b"", repr=False)
+
+    def told(self, digest: Callable[[str], str]) -> Media:
+        """As the event has it; `digest`: the tenant's keyed digest of a text."""
+        if self.data:
+            told = digest(hashlib.sha256(self.data).hexdigest())
+            return Media(kind=self.kind, digest=told, size_bytes=len(self.data))
+        return Media(
+            kind=self.kind, source="url" if self.url else "cached", digest=digest(self.url) if self.url else ""
+        )
+
+
+def items(body: object) -> list[Item]:
+    """Everything in the body that is no text, wherever it stands. Raises `TooDeep`."""
+    return list(_items(body, 0))
+
+
+def _items(value: object, depth: int) -> Iterator[Item]:
+    if depth > 2 * DEPTH_MAX:
+        raise TooDeep
+    if isinstance(value, list):
+        for entry in value:
+            yield from _items(entry, depth + 1)
+    elif isinstance(value, dict):
+        carried = [key for key in value if key in KINDS and _carries(key, value[key])]
+        kind = KINDS.get(value["type"]) if isinstance(value.get("type"), str) else None
+        if kind is not None and not carried:
+            yield _item(kind, value)
+            return
+        for key in carried:
+            for entry in value[key] if isinstance(value[key], list) else [value[key]]:
+                yield _item(KINDS[key], entry)
+        for key, entry in value.items():
+            if key not in carried:
+                yield from _items(entry, depth + 1)
+
+
+def _carries(key: str, value: object) -> bool:
+    """Whether this is media, and not a word or a schema that only has its name."""
+    if isinstance(value, str):
+        return bool(value) and (key not in ("image", "file") or _is_address(value))
+    if isinstance(value, list):
+        return bool(value) and all(_carries(key, entry) for entry in value)
+    return isinstance(value, dict) and any(isinstance(value.get(name), str | dict) for name in _PAYLOADS)
+
+
+def _is_address(text: str) -> bool:
+    return text.startswith(("data:", "http:", "https:", "file:", "s3:", "gs:"))
+
+
+def _item(kind: Kind, value: object) -> Item:
+    """The payload of a part, whatever it is wrapped in."""
+    for _ in range(4):
+        if isinstance(value, dict):
+            value = next((value[name] for name in _PAYLOADS if value.get(name)), None)
+    if not isinstance(value, str):
+        return Item(kind)
+    if value.startswith("data:"):
+        head, _, value = value.partition(",")
+        if not head.endswith(";base64"):
+            return Item(kind, data=value.encode("utf-8", "surrogatepass"))
+    elif _is_address(value):
+        return Item(kind, url=value)
+    try:
+        return Item(kind, data=base64.b64decode(value))
+    except (binascii.Error, ValueError):
+        return Item(kind, data=value.encode("utf-8", "surrogatepass"))
+
+
+def listed(found: Sequence[Media]) -> dict[str, object]:
+    """As fields of an event."""
+    return {"media": list(found[:MEDIA_MAX]), "media_count": len(found)} if found else {}
