@@ -25,12 +25,17 @@ KINDS: Final[Mapping[str, Kind]] = {
     "image_pil": "image",
     "input_audio": "audio",
     "audio_url": "audio",
+    "audio": "audio",
     "video_url": "video",
+    "video": "video",
+    "videos": "video",
     "input_file": "file",
     "file": "file",
     "image_embeds": "embeds",
     "audio_embeds": "embeds",
 }
+_WORDS: Final = frozenset({"image", "audio", "video", "videos", "file"})
+"""Keys that other things are called by, too: a text under them is media only where it is an address."""
 _PAYLOADS: Final = ("url", "data", "image_url", "file_data", "file_url", "source", "b64_json")
 
 
@@ -81,7 +86,7 @@ def _items(value: object, depth: int) -> Iterator[Item]:
 def _carries(key: str, value: object) -> bool:
     """Whether this is media, and not a word or a schema that only has its name."""
     if isinstance(value, str):
-        return bool(value) and (key not in ("image", "file") or _is_address(value))
+        return bool(value) and (key not in _WORDS or _is_address(value))
     if isinstance(value, list):
         return bool(value) and all(_carries(key, entry) for entry in value)
     return isinstance(value, dict) and any(isinstance(value.get(name), str | dict) for name in _PAYLOADS)

@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from openai import OpenAI
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -37,8 +39,10 @@ from collector.guards.stack import GuardStack
 from collector.identity import create_key_file
 from collector.kafka import KafkaConfig, make_consumer
 from inferwatch.keys import add_api_key
+from tests.engine.tiny_adapter import write_tiny_adapter
 
 MODEL = "tiny"
+ADAPTER = "support"
 FLAGS = [
     *("--served-model-name", MODEL, "--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "16"),
     *("--enforce-eager", "--distributed-executor-backend", "uni"),
@@ -96,6 +100,13 @@ class Site:
     def raw_topics(self) -> bytes:
         """All bytes, keys too, of every topic."""
         return asyncio.run(_read_raw(self.kafka))
+
+    def logs(self) -> dict[int, list[tuple[bytes, int, int]]]:
+        """By partition: bytes, append time (ms) and offset of each record on the events topic."""
+        found: dict[int, list[tuple[bytes, int, int]]] = {}
+        for message in asyncio.run(_messages(self.kafka, "events")):
+            found.setdefault(message.partition, []).append((message.value, message.timestamp, message.offset))
+        return found
 
     def events(self) -> list[AuditEvent]:
         """Events and rejections."""
@@ -237,7 +248,9 @@ async def _boot(model: Path) -> tuple[Any, Any, Any, Any, int]:
 
     from inferwatch.serve import vllm_arguments
 
-    line = vllm_arguments(["--model", str(model), *FLAGS], {})
+    adapter = write_tiny_adapter(model.parent / ADAPTER, model)
+    lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={adapter}"]
+    line = vllm_arguments(["--model", str(model), *FLAGS, *lora], {})
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
     validate_parsed_serve_args(args)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -261,3 +274,18 @@ async def _boot(model: Path) -> tuple[Any, Any, Any, Any, int]:
 
 async def _done(task: "asyncio.Future[None]") -> None:
     await task
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    """The official client with a good key."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key=server.site.api_key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def web(server: Server) -> Iterator[httpx.Client]:
+    """Plain HTTP with a good key."""
+    headers = {"authorization": f"Bearer {server.site.api_key}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as made:
+        yield made

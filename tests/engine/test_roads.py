@@ -4,7 +4,6 @@ import asyncio
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,35 +13,8 @@ from openai import OpenAI, PermissionDeniedError
 
 from collector.event import AuditEvent, Rejection
 from collector.journal import JournalFull
+from tests.engine.asking import EOS, PROMPT, chat, identity
 from tests.engine.conftest import MODEL, Server
-
-PROMPT = [{"role": "user", "content": "hello there"}]
-EOS = {"ignore_eos": True}
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    """The official client with a good key."""
-    with OpenAI(base_url=f"{server.url}/v1", api_key=server.site.api_key, max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture
-def web(server: Server) -> Iterator[httpx.Client]:
-    """Plain HTTP with a good key."""
-    headers = {"authorization": f"Bearer {server.site.api_key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as made:
-        yield made
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    """A chat request's body."""
-    return {"model": MODEL, "messages": PROMPT, "max_tokens": 5, **EOS, **fields}
-
-
-def identity(answer: httpx.Response) -> str:
-    """The id under which the answer's request was audited."""
-    return answer.headers["inferwatch-request-id"]
 
 
 def test_engine_requests_and_rejections_are_the_events(server: Server, web: httpx.Client) -> None:
