@@ -320,8 +320,8 @@ class Auditor:
     ) -> dict[str, object]:
         digest = self._names(caller).digest
         media, verdicts = [replace(each, digest=digest(each.digest)) for each in request.media], judged.verdicts
-        if at_hand is not None and media:
-            media, verdicts = list(at_hand.media) or media, [*verdicts, *at_hand.media_verdicts]
+        if at_hand is not None and at_hand.media:
+            media, verdicts = list(at_hand.media), [*verdicts, *at_hand.media_verdicts]
         known: dict[str, object] = {
             **caller.fields(),
             **self._model,
