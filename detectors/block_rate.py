@@ -21,26 +21,21 @@ Memory: stage 1, about 400 bytes a user with a block within a day, plus 350 a re
 stage 2, about 16 KB a key: the last 128 seconds with blocks, six charts, counts by hour.
 """
 
-import math
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
-from detectors.block_rate_charts import STREAMS, WEEK_S, Chart, History, cold_threshold, share_of, threshold_of
+from detectors.block_rate_charts import STREAMS, WEEK_H, WEEK_S, Chart, History, cold_threshold, share_of, threshold_of
+from detectors.block_rate_told import Announced, Blocks, Spike, alarm_of, blocks_of, by_user, heard_later
 from detectors.block_rate_trials import NAME, BlockRateOne
 from detectors.config import DetectConfig
-from detectors.detector import Alarm, Card, Detector, StageTwo, contributors
-from detectors.finding import CONTRIBUTORS_MAX, Entity, Severity, Statistic
-from detectors.rollup import Cell, Sample, Signal, earliest, first, merge_offsets
-from detectors.time import SECOND_US
+from detectors.detector import Alarm, Card, Detector, StageTwo
+from detectors.rollup import Cell, Signal, first
 
 ANNOUNCED_MAX: Final = 8
 """Changes remembered a tenant."""
 RECENT_MAX: Final = 128
-USERS_TOLD_MAX: Final = 256
-MANY_USERS: Final = 0.7
-"""Effective users per counted block from which a spike is by many; .7 was right in eight of ten simulated spikes."""
 
 
 class Minute(Struct):
@@ -49,17 +44,6 @@ class Minute(Struct):
     minute: int
     counts: dict[str, int]
     suspicious: bool = False
-
-
-class Blocks(Struct):
-    """A second with blocks, kept for the explanation."""
-
-    second: int
-    blocks: int
-    blocked: dict[str, int]
-    counted: dict[str, int]
-    samples: list[Sample]
-    offsets: dict[int, tuple[int, int]]
 
 
 class KeyState(Struct):
@@ -71,7 +55,7 @@ class KeyState(Struct):
     suspect: History
     """Of suspicious minutes since `suspect_since_s`."""
     rates: dict[str, float] = {}
-    """The usual rate of each stream in `hour`, as long as nothing settles."""
+    """The usual rate of each stream in `hour`, which the charts aim at, as long as nothing settles."""
     hour: int = -1
     requests: int = 0
     suspect_since_s: int | None = None
@@ -80,15 +64,6 @@ class KeyState(Struct):
     raised_s: int = 0
     waiting: list[Minute] = []
     recent: list[Blocks] = []
-
-
-class Announced(Struct, frozen=True):
-    """A change of guard, model, adapter or template that a collector told of."""
-
-    second: int
-    subject: str
-    before: str
-    after: str
 
 
 class BlockRateTwo(StageTwo):
@@ -143,10 +118,10 @@ class BlockRateTwo(StageTwo):
         self._settle(state, second, self._guard(tenant, key))
         state.requests += counts["requests"]
         if counts.get("blocks"):
-            blocked = first(cell.weights["blocked"], self._contributors_max)
-            counted = first(cell.weights.get("counted", {}), self._contributors_max)
-            state.recent.append(Blocks(second, counts["blocks"], blocked, counted, cell.samples, cell.offsets))
+            state.recent.append(blocks_of(second, cell, self._contributors_max))
             del state.recent[:-RECENT_MAX]
+        if "later" in cell.weights:
+            heard_later(state.recent, first(cell.weights["later"], self._contributors_max))
         doubled = state.requests.bit_length() > (state.requests - counts["requests"]).bit_length()
         if second // 3_600 != state.hour or (doubled and not state.charts[0].maxima):
             self._turn(state, second, tenant)
@@ -154,10 +129,12 @@ class BlockRateTwo(StageTwo):
             guard, prior, weight = self._guard(tenant, key), self._config.prior_rate, self._config.prior_blocks
             for stream in STREAMS:
                 pooled = guard.streams[stream].overall(prior, weight)
-                state.rates[stream] = state.usual.streams[stream].at(state.hour % 24, pooled, weight)
+                state.rates[stream] = state.usual.streams[stream].at(state.hour % WEEK_H, pooled, weight)
+            for chart in state.charts:
+                chart.aim(state.rates[chart.stream])
+        seen = {each: (counts.get(f"{each}_trials", 0), counts.get(f"{each}_blocks", 0)) for each in STREAMS}
         for chart in state.charts:
-            trials, blocks = counts.get(f"{chart.stream}_trials", 0), counts.get(f"{chart.stream}_blocks", 0)
-            chart.add(second, trials, blocks, counts["requests"], state.rates[chart.stream])
+            chart.add(second, *seen[chart.stream], counts["requests"])
         worst = self._crossed(state, counts)
         told = worst is not None and self._to_tell(state, worst, second)
         self._wait(state, second, counts, suspicious=state.alarming_s is not None)
@@ -198,7 +175,7 @@ class BlockRateTwo(StageTwo):
 
     def _shared(self, state: KeyState, chart: Chart) -> bool:
         """Whether the spike is more than one user's."""
-        counted = _since(state.recent, chart.start_s, "counted")
+        counted = by_user(state.recent, chart.start_s, "counted")
         return max(counted.values(), default=0) <= self._config.top_user_share_max * sum(counted.values())
 
     def _wait(self, state: KeyState, second: int, counts: dict[str, int], *, suspicious: bool) -> None:
@@ -244,65 +221,10 @@ class BlockRateTwo(StageTwo):
         return state.usual.trials() < self._config.prior_blocks / self._config.prior_rate
 
     def _alarm(self, state: KeyState, chart: Chart, second: int, tenant: str, key: str) -> Alarm:
-        model, _, guard = key.partition("\n")
-        recent = [blocks for blocks in state.recent if blocks.second >= chart.start_s]
-        blocked = _since(recent, chart.start_s, "blocked")
-        blocks = sum(seen.blocks for seen in recent)
-        usual = state.rates[chart.stream]
-        observed = blocks / max(chart.requests, blocks)
-        many = _effective(_since(recent, chart.start_s, "counted")) >= MANY_USERS
-        span_s = second - chart.start_s + 1
-        offsets: dict[int, tuple[int, int]] = {}
-        for seen in recent:
-            merge_offsets(offsets, seen.offsets)
-        samples = earliest(sample for seen in recent for sample in seen.samples)
-        cold = self._cold(state)
-        change = self._change(tenant, samples[0][0] // SECOND_US, second)
-        severity: Severity = "high" if many and blocks >= 20 else "medium"
-        users = f"{len(blocked)} users" if len(blocked) != 1 else "1 user"
-        return Alarm(
-            tenant=tenant,
-            entity=Entity(kind="model", id=f"{model}/{guard}"),
-            model=model,
-            at_us=(second + 1) * SECOND_US,
-            first_seen_us=samples[0][0],
-            last_seen_us=(second + 1) * SECOND_US,
-            severity=severity,
-            confidence="medium" if cold else "high",
-            statistic=Statistic(
-                name=f"CUSUM of {chart.stream} blocks, {chart.ratio:g} times",
-                observed=round(chart.sum, 3),
-                baseline=0.0,
-                threshold=round(chart.threshold, 3),
-                unit="nats",
-                improbability=round(chart.sum / math.log(10), 2),
-            ),
-            counts={
-                "requests": chart.requests,
-                "blocks": blocks,
-                "users": len(blocked),
-                "usual_ppm": round(usual * 1e6),
-            },
-            summary=(
-                f"Guard {guard} blocked {blocks} of {chart.requests} requests in {span_s} s,"
-                f" {observed / usual:.1f} times the {'assumed' if cold else 'usual'} {100 * usual:.1f} %,"
-                f" by {users}{change} ({'many' if many else 'few'} users)"
-            ),
-            offsets=offsets,
-            samples=samples,
-            contributors=contributors(blocked, "blocked requests", CONTRIBUTORS_MAX),
-            cold_start="Fewer than 1,000 settled requests: compared with an assumed block rate." if cold else "",
-        )
-
-    def _change(self, tenant: str, first_s: int, second: int) -> str:
-        """What changed last in the hour before the spike or in it, for the summary."""
-        known = [*self._announced.get(tenant, []), *self._announced.get("", [])]
-        near = [each for each in known if first_s - self._config.change_s <= each.second <= second]
-        if not near:
-            return ""
-        last = max(near, key=lambda each: (each.second, each.subject, each.after))
-        how = f" from {last.before} to {last.after}" if last.before and last.after else ""
-        return f", after a change of {last.subject}{how}: suspect the rollout"
+        rate, distinct = state.rates[chart.stream], state.rates["distinct"]
+        spike = Spike(tenant, key, chart, second, rate, distinct, self._cold(state))
+        announced = [*self._announced.get(tenant, []), *self._announced.get("", [])]
+        return alarm_of(spike, state.recent, announced, self._config.change_s)
 
     def snapshot(self) -> bytes:
         return _encoder.encode((self._keys, self._keys_of, self._guards, self._announced, self._refused_keys))
@@ -310,25 +232,6 @@ class BlockRateTwo(StageTwo):
     def restore(self, raw: bytes) -> None:
         state = _keys_decoder.decode(raw)
         self._keys, self._keys_of, self._guards, self._announced, self._refused_keys = state
-
-
-def _since(recent: list[Blocks], start_s: int, name: str) -> dict[str, int]:
-    """Blocks by user since a second; of many users the largest are kept."""
-    total: dict[str, int] = {}
-    for seen in recent:
-        if seen.second >= start_s:
-            for user, weight in (seen.counted if name == "counted" else seen.blocked).items():
-                total[user] = total.get(user, 0) + weight
-    return first(total, USERS_TOLD_MAX)
-
-
-def _effective(counted: dict[str, int]) -> float:
-    """Effective users (the exponential of the entropy) per counted block; 1 where every block is another user's."""
-    blocks = sum(counted.values())
-    if not blocks:
-        return 1.0
-    entropy = -sum(n / blocks * math.log(n / blocks) for _, n in sorted(counted.items()))
-    return math.exp(entropy) / blocks
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -339,7 +242,7 @@ _keys_decoder = msgspec.msgpack.Decoder(
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="3",
+        version="4",
         atlas=["AML.T0051.000", "AML.T0054"],
         owasp=["LLM01"],
         runbook=[

@@ -1,8 +1,9 @@
 """What block_rate knows of one tenant x model x guard: usual rates by the hour of the day, charts, thresholds.
 
-Usual rate: blocks over trials, by hour of the day with its neighbours at half weight, shrunk to that of the whole day,
-which is shrunk to that of the same guard over all models of the tenant, and this to an assumed one, each with a weight
-in blocks (the mean of a beta posterior). Counts fade with a half-life of a week.
+Usual rate: blocks over trials, by hour of the week with its neighbours at half weight, shrunk to that of the same hour
+of any day, this to that of the whole day, this to that of the same guard over all models of the tenant, and this to an
+assumed one, each with a weight in blocks (the mean of a beta posterior): a weekly swing shows where an hour of the week
+has many blocks. Counts fade with a half-life of a week.
 
 Threshold: peaks over threshold. Of each chart the largest value of every six hours is kept for sixty days; what
 exceeds their 80 % quantile u has an exponential tail of mean m (J. Pickands, "Statistical inference using extreme order
@@ -10,7 +11,7 @@ statistics", Ann. Statist. 3, 1975; the exponential is the limit with shape 0), 
 That needs no independence of trials: the history clusters as the future will. m is shrunk to that of a CUSUM on
 clustered trials. In the first week h = ln(assumed rate x requests a week) + 1.
 
-Memory: about 6 KB a key: six charts of 240 maxima at most, and 96 counts.
+Memory: about 25 KB a key: six charts of 240 maxima at most, and two histories of 768 counts.
 """
 
 import math
@@ -20,6 +21,7 @@ from msgspec import Struct
 
 DAY_S: Final = 86_400
 WEEK_S: Final = 7 * DAY_S
+WEEK_H: Final = 7 * 24
 SLOT_S: Final = 6 * 3_600
 SLOTS_A_WEEK: Final = WEEK_S // SLOT_S
 MAXIMA_MAX: Final = 240
@@ -35,34 +37,51 @@ ALIKE: Final = 1.5
 
 
 class Counts(Struct):
-    """Trials and blocks of a stream by hour of the day."""
+    """Trials and blocks of a stream: by hour of the week, by hour of the day, and in all."""
 
     trials: list[float]
     blocks: list[float]
+    day_trials: list[float]
+    day_blocks: list[float]
+    all_trials: float = 0.0
+    all_blocks: float = 0.0
 
     @classmethod
     def none(cls) -> "Counts":
-        return cls([0.0] * 24, [0.0] * 24)
+        return cls([0.0] * WEEK_H, [0.0] * WEEK_H, [0.0] * 24, [0.0] * 24)
 
     def add(self, hour: int, trials: int, blocks: int) -> None:
+        """`hour` of the week."""
         self.trials[hour] += trials
         self.blocks[hour] += blocks
+        self.day_trials[hour % 24] += trials
+        self.day_blocks[hour % 24] += blocks
+        self.all_trials += trials
+        self.all_blocks += blocks
 
     def fade(self, factor: float) -> None:
-        self.trials = [value * factor for value in self.trials]
-        self.blocks = [value * factor for value in self.blocks]
+        """Makes all of it weigh less."""
+        for values in (self.trials, self.blocks, self.day_trials, self.day_blocks):
+            values[:] = [value * factor for value in values]
+        self.all_trials *= factor
+        self.all_blocks *= factor
 
     def overall(self, prior: float, weight: float) -> float:
-        """The rate of the whole day."""
-        return (sum(self.blocks) + weight) / (sum(self.trials) + weight / prior)
+        """The rate of the whole day, `prior` weighing as so many blocks."""
+        return (self.all_blocks + weight) / (self.all_trials + weight / prior)
 
     def at(self, hour: int, prior: float, weight: float) -> float:
-        """The usual rate at an hour, `prior` weighing as so many blocks."""
-        around = (hour, 1.0), ((hour - 1) % 24, 0.5), ((hour + 1) % 24, 0.5)
-        blocks = sum(self.blocks[place] * share for place, share in around)
-        trials = sum(self.trials[place] * share for place, share in around)
-        rate = (blocks + weight) / (trials + weight / self.overall(prior, weight))
-        return min(max(rate, 1e-5), 0.5)
+        """The usual rate at an hour of the week, in which each coarser rate weighs as so many blocks."""
+        daily = _shrunk(self.day_trials, self.day_blocks, hour % 24, self.overall(prior, weight), weight)
+        return min(max(_shrunk(self.trials, self.blocks, hour, daily, weight), 1e-5), 0.5)
+
+
+def _shrunk(trials: list[float], blocks: list[float], place: int, coarser: float, weight: float) -> float:
+    """The rate at a place, with its neighbours at half weight."""
+    after = (place + 1) % len(trials)
+    seen = blocks[place] + 0.5 * (blocks[place - 1] + blocks[after])
+    asked = trials[place] + 0.5 * (trials[place - 1] + trials[after])
+    return (seen + weight) / (asked + weight / coarser)
 
 
 class History(Struct):
@@ -84,11 +103,11 @@ class History(Struct):
                 known.fade(factor)
             self.day = day
         for stream, known in self.streams.items():
-            known.add(minute // 60 % 24, counts.get(f"{stream}_trials", 0), counts.get(f"{stream}_blocks", 0))
+            known.add(minute // 60 % WEEK_H, counts.get(f"{stream}_trials", 0), counts.get(f"{stream}_blocks", 0))
 
     def trials(self) -> float:
         """Of the first stream: how much was learned."""
-        return sum(self.streams["fresh"].trials)
+        return self.streams["fresh"].all_trials
 
 
 class Chart(Struct):
@@ -100,6 +119,9 @@ class Chart(Struct):
     start_s: int = 0
     requests: int = 0
     """Seen since the sum was last zero."""
+    block_nats: float = 0.0
+    pass_nats: float = 0.0
+    """What a trial with and without a block adds, at the usual rate last aimed at."""
     threshold: float = THRESHOLD_MIN
     slot: int = 0
     top: float = 0.0
@@ -115,15 +137,19 @@ class Chart(Struct):
             self.maxima = [*self.maxima, self.top, *([0.0] * gap)][-MAXIMA_MAX:]
         self.slot, self.top = slot, self.sum
 
-    def add(self, second: int, trials: int, blocks: int, requests: int, rate: float) -> None:
-        """One second's trials at a usual rate."""
+    def aim(self, rate: float) -> None:
+        """The usual rate of the trials that come."""
+        shifted = min(self.ratio * rate, 0.9)
+        self.block_nats, self.pass_nats = math.log(shifted / rate), math.log((1 - shifted) / (1 - rate))
+
+    def add(self, second: int, trials: int, blocks: int, requests: int) -> None:
+        """One second's trials."""
         if self.sum <= 0:
             self.start_s, self.requests = second, 0
         self.requests += requests
-        shifted = min(self.ratio * rate, 0.9)
-        gain = blocks * math.log(shifted / rate) + (trials - blocks) * math.log((1 - shifted) / (1 - rate))
-        self.sum = min(max(0.0, self.sum + gain), 2 * self.threshold)
-        self.top = max(self.top, self.sum)
+        value = self.sum + blocks * self.block_nats + (trials - blocks) * self.pass_nats
+        self.sum = value = 0.0 if value < 0 else min(value, 2 * self.threshold)
+        self.top = max(self.top, value)
 
 
 def threshold_of(maxima: list[float], cold: float, per_week: float) -> float:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from detectors.block_rate_asked import Asked, Asking
 from detectors.chunk import Chunk, Groups
 from detectors.columns import Flags, Ints
 from detectors.config import DetectConfig
@@ -34,7 +35,9 @@ class BlockRateOne(StageOne):
     """Thins out a user's repeated blocks. That needs only the user's own past, which is all in this partition.
 
     Of each user it keeps when a guard last blocked him, in a few slots that guards share by a digest of their names; of
-    a blocked one also his blocked prompts."""
+    a blocked one also his blocked prompts. How much he asks (`detectors.block_rate_asked`) goes with the seconds of
+    those whom it is told of: the numbers as weights, `asked` with a block and `later` after it, the seconds of the last
+    eight requests as a histogram under the user's name."""
 
     def __init__(self, config: DetectConfig, registry: Registry) -> None:
         self._config = config.block_rate
@@ -44,6 +47,7 @@ class BlockRateOne(StageOne):
         )
         self._registry = registry
         self._last_s = registry.column(f"{NAME}.last_s", np.uint32, SLOTS)
+        self._asking = Asking(registry, NAME)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -55,36 +59,61 @@ class BlockRateOne(StageOne):
             return []
         trial, guard, blocked = columns.verdict_event, columns.verdict_guard, columns.verdict_blocked
         fresh = self._fresh(chunk, trial, guard, blocked)
-        distinct = ~blocked
-        for index in np.flatnonzero(blocked).tolist():
-            distinct[index] = self._new_prompt(chunk, int(trial[index]), columns.guards[int(guard[index])])
+        asked, later = self._asking.see(chunk, trial, blocked)
+        blocks = np.flatnonzero(blocked)
+        distinct = np.array(
+            [
+                self._new_prompt(chunk, int(trial[index]), columns.guards[int(guard[index])])
+                for index in blocks.tolist()
+            ],
+            bool,
+        )
         cells = Groups(np.arange(len(trial)), chunk.step[trial], columns.kind[trial], guard)
-        at = Groups(trial[cells.rows], np.repeat(np.arange(len(cells)), cells.sizes))
-        ones = np.ones(len(trial), np.int64)
-        sums = {
-            "blocks": cells.sums(ones * blocked),
-            "distinct_blocks": cells.sums(ones * (distinct & blocked)),
-            "distinct_trials": cells.sums(ones * distinct),
-            "fresh_blocks": cells.sums(ones * (fresh & blocked)),
-            "fresh_trials": cells.sums(ones * fresh),
-            "requests": cells.sums(ones),
-        }
+        at = Groups(trial[cells.rows], cells.group)
+        of = np.empty(len(trial), np.int64)
+        of[cells.rows] = cells.group
+        sums = _sums(cells, of, blocks, distinct, fresh)
+        counted = set(blocks[distinct].tolist())
+        again = _grouped(of, np.flatnonzero(np.isin(trial, list(later)))) if later else {}
         guards = cells.firsts(guard)
         told: list[Partial | Signal] = []
         for number, place in enumerate(at.places(chunk, NAME)):
             counts = {name: values[number] for name, values in sums.items() if values[number]}
             key = f"{place.model}\n{columns.guards[guards[number]]}"
+            weights: dict[str, dict[str, int]] = {}
+            if number in again:
+                totals = {chunk.actor(int(trial[index])): later[int(trial[index])] for index in again[number]}
+                weights["later"] = first(totals, self._contributors_max)
             if "blocks" not in counts:
-                told.append(place.partial(key, counts=counts))
+                told.append(place.partial(key, counts=counts, weights=weights))
                 continue
             members = [index for index in cells.members(number) if blocked[index]]
-            weights = {"blocked": Counter(chunk.actor(int(trial[index])) for index in members)}
-            if counts.get("distinct_blocks"):
-                weights["counted"] = Counter(chunk.actor(int(trial[index])) for index in members if distinct[index])
-            first_ones = {name: first(users, self._contributors_max) for name, users in weights.items()}
-            samples = chunk.samples([int(trial[index]) for index in members])
-            told.append(place.partial(key, counts=counts, weights=first_ones, samples=samples))
+            told.append(
+                self._with_blocks(chunk, place.partial(key, counts=counts, weights=weights), members, counted, asked)
+            )
         return told
+
+    def _with_blocks(
+        self, chunk: Chunk, partial: Partial, members: list[int], counted: set[int], asked: dict[int, Asked]
+    ) -> Partial:
+        """A second with blocks, `members` among the verdicts: whose they are, and how much these ask."""
+        events = [int(chunk.columns.verdict_event[index]) for index in members]
+        actors = [chunk.actor(event) for event in events]
+        blocked = first(Counter(actors), self._contributors_max)
+        mine = Counter(who for who, index in zip(actors, members, strict=True) if index in counted)
+        last = {who: asked[event] for who, event in zip(actors, events, strict=True) if event in asked}
+        known = {who: last[who] for who in blocked if who in last}
+        weights = {
+            "asked": {who: each.total for who, each in known.items()},
+            "blocked": blocked,
+            "counted": first(mine, self._contributors_max),
+        }
+        return msgspec.structs.replace(
+            partial,
+            weights=partial.weights | {name: users for name, users in weights.items() if users},
+            histograms={who: dict(Counter(each.seconds)) for who, each in known.items()},
+            samples=chunk.samples(events),
+        )
 
     def _fresh(self, chunk: Chunk, trial: Ints, guard: Ints, blocked: Flags) -> Flags:
         """Whether the guard had not blocked the user for so long, for each verdict; keeps the blocks."""
@@ -138,6 +167,34 @@ class BlockRateOne(StageOne):
 
     def restore(self, raw: bytes) -> None:
         self._users.load(_users_decoder.decode(raw))
+
+
+def _sums(cells: Groups, of: Ints, blocks: Ints, distinct: Flags, fresh: Flags) -> dict[str, list[int]]:
+    """Trials and blocks of each stream, a group. Few verdicts are blocks or not fresh, so only those are added up.
+
+    `of` is the group of each verdict, `blocks` the verdicts that block, `distinct` which of these are new prompts."""
+
+    def count(rows: Ints) -> Ints:
+        return np.bincount(of[rows], minlength=len(cells))
+
+    blocked, distinct_blocks = count(blocks), count(blocks[distinct])
+    sums = {
+        "blocks": blocked,
+        "distinct_blocks": distinct_blocks,
+        "distinct_trials": cells.sizes - blocked + distinct_blocks,
+        "fresh_blocks": count(blocks[fresh[blocks]]),
+        "fresh_trials": cells.sizes - count(np.flatnonzero(~fresh)),
+        "requests": cells.sizes,
+    }
+    return {name: values.tolist() for name, values in sums.items()}
+
+
+def _grouped(of: Ints, rows: Ints) -> dict[int, list[int]]:
+    """Group to its rows, of these."""
+    found: dict[int, list[int]] = {}
+    for group, row in zip(of[rows].tolist(), rows.tolist(), strict=True):
+        found.setdefault(group, []).append(row)
+    return found
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -29,7 +29,8 @@ SHIFT_REQUESTS: Final = 6_000
 KINDS: Final = {"many 3x": (3.0, False), "many 5x": (5.0, False), "few 3x": (3.0, True)}
 ONLY: Final = DetectConfig.model_validate(
     {name: {"enabled": False} for name in DetectConfig.model_fields if name in {"latency", "probing", "token_length"}}
-    | ({"campaign": {"enabled": False}} if "campaign" in DetectConfig.model_fields else {})
+    # One lane without heartbeats: it is not dead when nobody asks for a minute, and many records are judged at once.
+    | {"campaign": {"enabled": False}, "time": {"silence_max_ms": 10**9}}
 )
 
 

@@ -51,7 +51,8 @@ def test_slots_without_traffic_count_as_quiet() -> None:
     """The maximum of a slot is kept when the next begins; empty slots are zero."""
     chart = Chart("fresh", 3.0, threshold=9.0)
     chart.turn(21_600)
-    chart.add(21_600, 10, 5, 10, 0.02)
+    chart.aim(0.02)
+    chart.add(21_600, 10, 5, 10)
     chart.turn(4 * 21_600)
     assert chart.maxima == [chart.sum, 0.0, 0.0]
 
@@ -64,6 +65,20 @@ def test_the_usual_rate_follows_the_hour_and_shrinks_to_the_day() -> None:
         counts.add(hour, 100_000, 8_000 if 8 <= hour < 16 else 1_000)
     assert counts.at(12, 0.02, 20.0) == pytest.approx(0.08, rel=0.05)
     assert counts.at(2, 0.02, 20.0) == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_weekly_swing_is_learned_where_there_is_enough_of_it_and_elsewhere_the_day_counts() -> None:
+    """Sundays blocked five times as often: seen in a month of much traffic, hardly in one of little."""
+    rates = {}
+    for name, trials in (("much", 2_000), ("little", 50)):
+        history = History.new()
+        for hour in range(24 * 28):
+            rate = 0.10 if hour // 24 % 7 == 3 else 0.02
+            counts = {"fresh_trials": trials, "fresh_blocks": round(trials * rate)}
+            history.add(1_440 * 7 * 2_800 + hour * 60, counts, 7 * 86_400)
+        rates[name] = [history.streams["fresh"].at(24 * day + 12, 0.02, 20.0) for day in (3, 5)]
+    assert rates["much"] == pytest.approx([0.10, 0.02], rel=0.15)
+    assert rates["much"][0] - 0.03 > rates["little"][0] > rates["little"][1] + 0.01
 
 
 def test_history_halves_in_its_half_life() -> None:

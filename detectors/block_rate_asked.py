@@ -1,0 +1,86 @@
+"""How much the users of a partition ask, so that stage 2 can tell a few attackers from a busy crowd.
+
+With each block goes how many requests its user had sent by then, and the seconds of his last eight; with his first and
+third request after it, the number again. All are integers, and a user is in one partition, so partitions merge.
+
+Memory: 40 bytes a user, in the registry.
+"""
+
+from typing import Final
+
+import numpy as np
+from msgspec import Struct
+
+from detectors.chunk import Chunk
+from detectors.columns import Flags, Ints
+from detectors.registry import Registry
+
+TIMES: Final = 8
+"""Requests of a user of which the second is kept."""
+LATER: Final = (1, 3)
+"""Requests after a user's last block with which his number of requests is told again."""
+
+
+class Asked(Struct, frozen=True):
+    """What a user had asked by his block: requests in all, and the seconds of the last eight, oldest first."""
+
+    total: int
+    seconds: list[int]
+
+
+class Asking:
+    """Of each user the number of requests, that by the last block, and the seconds of the last eight."""
+
+    def __init__(self, registry: Registry, name: str) -> None:
+        """Declares its columns under that name."""
+        self._total = registry.column(f"{name}.total", np.uint32)
+        self._blocked = registry.column(f"{name}.total_blocked", np.uint32)
+        self._times = registry.column(f"{name}.times", np.uint32, TIMES)
+
+    def see(self, chunk: Chunk, trial: Ints, blocked: Flags) -> tuple[dict[int, Asked], dict[int, int]]:
+        """By event: what the user of a blocked one had asked, and the number that is told again.
+
+        `trial` is the event of each verdict, in order."""
+        hit = np.zeros(len(chunk), bool)
+        hit[trial[blocked]] = True
+        events = trial[np.diff(trial, prepend=-1) != 0]
+        events = events[chunk.entity[events] >= 0]
+        if not len(events):
+            return {}, {}
+        events = events[np.argsort(chunk.entity[events], kind="stable")]
+        rows = chunk.entity[events]
+        starts = np.flatnonzero(np.diff(rows, prepend=-1) != 0)
+        sizes = np.diff(starts, append=len(rows))
+        rank = np.arange(len(rows)) - np.repeat(starts, sizes)
+        before = self._total.values[rows].astype(np.int64)
+        marks = self._blocked.values[rows].astype(np.int64)
+        since = before + rank + 1 - marks
+        due = np.flatnonzero((marks > 0) & ((since == LATER[0]) | (since == LATER[1])))
+        later = dict(zip(events[due].tolist(), (since + marks)[due].tolist(), strict=True))
+        asked: dict[int, Asked] = {}
+        for begin in starts[np.logical_or.reduceat(hit[events], starts)].tolist():
+            end = begin + int(sizes[np.searchsorted(starts, begin)])
+            self._with_blocks(events[begin:end].tolist(), chunk, hit, asked, later)
+        # Of two requests with one place the later is written last, and stays.
+        self._times.values[rows, (before + rank) % TIMES] = chunk.second[events]
+        self._total.values[rows[starts]] += sizes.astype(np.uint32)
+        return asked, later
+
+    def _with_blocks(
+        self, events: list[int], chunk: Chunk, hit: Flags, asked: dict[int, Asked], later: dict[int, int]
+    ) -> None:
+        """All events of one user, of which some were blocked."""
+        row = int(chunk.entity[events[0]])
+        total, mark = int(self._total.values[row]), int(self._blocked.values[row])
+        times = self._times.values[row].tolist()
+        seconds = [times[number % TIMES] for number in range(max(total - TIMES, 0), total)]
+        for event in events:
+            total += 1
+            seconds = [*seconds, int(chunk.second[event])][-TIMES:]
+            later.pop(event, None)
+            if hit[event]:
+                mark = total
+                asked[event] = Asked(total, seconds)
+            elif mark and total - mark in LATER:
+                later[event] = total
+        self._blocked.values[row] = mark
