@@ -32,8 +32,8 @@ TAIL_WEIGHT: Final = 5.0
 THRESHOLD_MIN: Final = 3.0
 REQUESTS_A_WEEK_MIN: Final = 10_000.0
 STREAMS: Final = ("fresh", "distinct")
-ALIKE: Final = 1.5
-"""So many charts cross together as one: six charts share the budget as four would."""
+ALIKE: Final = 1.2
+"""So many charts cross together as one: six charts share the budget as five would."""
 
 
 class Counts(Struct):
@@ -166,7 +166,7 @@ def threshold_of(maxima: list[float], cold: float, per_week: float) -> float:
 
 def cold_threshold(assumed_rate: float, requests_a_week: float, per_week: float) -> float:
     """h before there is a history: ln(rate x requests a week) + 1 for half an alarm a week over a tenant's charts."""
-    charts = 4.0
+    charts = 5.0
     return math.log(assumed_rate * max(requests_a_week, REQUESTS_A_WEEK_MIN)) + 1 - math.log(per_week * charts / 0.5)
 
 

@@ -7,6 +7,7 @@ stretches of the last thirty days, from snapshots of both stages. Other detector
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -138,7 +139,10 @@ def measure(data: Path, seed: int, *, quick: bool, config: DetectConfig = ONLY) 
             pool.submit(tenant_of, number, seed, rate, config, days=days, instants=1 if quick else INSTANTS)
             for number, rate in enumerate(chosen)
         ]
-        tenants = [job.result() for job in jobs]
+        tenants = []
+        for job in jobs:
+            tenants.append(job.result())
+            print(f"{len(tenants)} of {count} tenants", file=sys.stderr, flush=True)
     weeks = days / 7
     a_week = [tenant.false / weeks for tenant in tenants]
     figures: dict[str, Any] = {

@@ -37,7 +37,7 @@ def test_peaks_over_the_threshold_come_as_often_as_the_budget_says(mean: float) 
 
 
 def test_without_a_week_of_maxima_the_cold_threshold_holds() -> None:
-    """ln(rate x requests a week) + 1 for half an alarm a week over four charts' worth."""
+    """ln(rate x requests a week) + 1 for half an alarm a week over five charts' worth."""
     assert threshold_of([5.0] * (SLOTS_A_WEEK - 1), 9.0, 0.1) == 9.0
     assert cold_threshold(0.02, 50_000, share_of(0.5, 1, 6)) == pytest.approx(math.log(1_000) + 1)
 
