@@ -233,7 +233,7 @@ class Auditor:
 
     def caller(self, tenant: str, *, key_id: str = "", user: str = "", session: str = "", address: str = "") -> Caller:
         """The pseudonyms of names and an address under the tenant's key."""
-        names = self.identity.names(tenant)
+        names = self.identity.names(tenant, user)
         return Caller(
             tenant=tenant,
             user_id=names.user(user),

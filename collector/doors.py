@@ -19,6 +19,7 @@ import structlog
 from collector.identity import KeyProblem, KeyRing, NotKnown, Principal, Pseudonyms, load_tenant_key
 from collector.identity_config import IdentityConfig, LimitsConfig
 from collector.limits import Lease, Limits
+from collector.overlap import Overlap
 from collector.tokens import Tokens
 from collector.trusted import TrustedProxy
 
@@ -100,6 +101,8 @@ class Identity:
         proxy: Watched[TrustedProxy] | None = None,
         pseudonyms: Mapping[str, Watched[Pseudonyms] | Pseudonyms],
         limits: LimitsConfig | None = None,
+        epoch_idle_s: float = 0,
+        epoch_overlap_s: float = 0,
         clock_s: Callable[[], float] = time.time,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,6 +110,8 @@ class Identity:
         self._pseudonyms = pseudonyms  # shared: a new tenant's API key brings its key
         self._limits = Limits(limits or LimitsConfig())
         self._clock_s, self.monotonic_s = clock_s, monotonic_s
+        self._epoch_idle_s, self._epoch_overlap_s = epoch_idle_s, epoch_overlap_s
+        self._overlaps: dict[str, Overlap] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -115,10 +120,17 @@ class Identity:
         """The tenants that have a key for pseudonyms."""
         return frozenset(self._pseudonyms)
 
-    def names(self, tenant: str) -> Pseudonyms:
-        """The pseudonyms of a tenant under its key of now. Take them once a request: a key may change between."""
+    def names(self, tenant: str, user: str = "") -> Pseudonyms:
+        """The pseudonyms of a tenant for a request of `user`. Take them once a request: a key may change between."""
         found = self._pseudonyms[tenant]
-        return found.value if isinstance(found, Watched) else found
+        now = found.value if isinstance(found, Watched) else found
+        overlap = self._overlaps.get(tenant) if self._overlaps else None
+        if overlap is None:
+            return now
+        moment_s = self.monotonic_s()
+        if overlap.over(moment_s):
+            self._overlaps.pop(tenant, None)
+        return overlap.names(user, now, moment_s)
 
     @property
     def headers(self) -> frozenset[bytes]:
@@ -153,9 +165,13 @@ class Identity:
     def look(self, tell: Tell) -> None:
         """Read again what has changed on disk; `tell` of each change."""
         for each in [self._keys, self._tokens, self._proxy, *list(self._pseudonyms.values())]:
+            was = each.value if isinstance(each, Watched) else None
             changed = each.look() if isinstance(each, Watched) else None
             if isinstance(each, Watched) and changed is not None:
                 before, after = changed
+                if isinstance(was, Pseudonyms) and each.value is not was:
+                    spans = {"idle_s": self._epoch_idle_s, "overlap_s": self._epoch_overlap_s}
+                    self._overlaps[each.tenant] = Overlap(was, self.monotonic_s(), **spans)
                 log.warning("identity changed", subject=each.subject, tenant=each.tenant, before=before, after=after)
                 try:
                     tell(subject=each.subject, before=before, after=after, tenant=each.tenant)
@@ -214,4 +230,6 @@ def open_identity(config: IdentityConfig, gate_tenant: str) -> Identity:
         proxy=Watched("proxy_secret", proxy.secret_file, partial(TrustedProxy.load, proxy)) if proxy else None,
         pseudonyms=pseudonyms,
         limits=config.limits,
+        epoch_idle_s=config.epoch_idle_s,
+        epoch_overlap_s=config.epoch_overlap_s,
     )

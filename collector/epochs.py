@@ -76,27 +76,34 @@ def rotate(key_dir: Path, tenant: str, *, now_s: float, age_min_s: float) -> tup
     return before.name, after
 
 
-def find(key_dir: Path, tenant: str, epoch: str) -> Epoch:
-    """An earlier epoch. Raises KeyProblem where it is the current one or not there."""
+def find(key_dir: Path, tenant: str, epoch: str, *, now_s: float, overlap_s: float) -> Epoch:
+    """An earlier epoch that may be destroyed: not the current one, and out of use since `overlap_s`.
+
+    Raises KeyProblem.
+    """
     found = epochs(key_dir, tenant)
-    if epoch == found[-1].name:
+    current = found[-1]
+    if epoch == current.name:
         raise KeyProblem(f"{epoch} is the current epoch of {tenant}: rotate first, then shred it")
-    for each in found:
-        if each.name == epoch:
-            _refuse_link(each.path)
-            return each
-    names = ", ".join(each.name for each in found)
-    raise KeyProblem(f"there is no key of epoch {epoch[:64]!r} of {tenant} in {key_dir}: there are {names}")
+    named = next((each for each in found if each.name == epoch), None)
+    if named is None:
+        names = ", ".join(each.name for each in found)
+        raise KeyProblem(f"there is no key of epoch {epoch[:64]!r} of {tenant} in {key_dir}: there are {names}")
+    _refuse_link(named.path)
+    free_s = current.begun.timestamp() + overlap_s
+    if now_s < free_s:
+        free = datetime.fromtimestamp(free_s, UTC)
+        raise KeyProblem(f"collectors may use {epoch} until {free:%Y-%m-%d %H:%M} UTC (epoch_overlap_s): shred it then")
+    return named
 
 
-def shred(key_dir: Path, tenant: str, epoch: str) -> None:
-    """Destroy an earlier epoch's key: written over with random bytes, synced, cut to nothing, removed.
+def shred(epoch: Epoch) -> None:
+    """Destroy a key that `find` gave: written over with random bytes, synced, cut to nothing, removed.
 
     That is as far as a file reaches: copies, backups, snapshots and what a disk keeps of old blocks are not touched.
-    Raises KeyProblem, or OSError where it failed half-way; then do it again.
+    Raises OSError where it failed half-way; then do it again.
     """
-    path = find(key_dir, tenant, epoch).path
-    handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    handle = os.open(epoch.path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.write(handle, secrets.token_bytes(os.fstat(handle).st_size))
         os.fsync(handle)
@@ -104,8 +111,8 @@ def shred(key_dir: Path, tenant: str, epoch: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-    path.unlink()
-    _sync(key_dir)
+    epoch.path.unlink()
+    _sync(epoch.path.parent)
 
 
 def _refuse_link(path: Path) -> None:

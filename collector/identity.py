@@ -26,6 +26,7 @@ from collector.minhash import MinHash
 
 KEY_BYTES: Final = 32
 API_KEYS_MAX: Final = 10_000
+RECENT_MAX: Final = 4_096
 _KEY_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -104,7 +105,7 @@ def epoch_of(tenant_key: bytes) -> str:
 class Pseudonyms:
     """One tenant's digests under one key. Pure and thread-safe; the same input always gives the same digest."""
 
-    __slots__ = ("_digest", "_minhash", "_names", "epoch", "prompt_hash")
+    __slots__ = ("_digest", "_minhash", "_names", "_recent", "epoch", "prompt_hash")
 
     def __init__(
         self,
@@ -121,6 +122,8 @@ class Pseudonyms:
         self.prompt_hash = prompt_hash
         # A key of its own for each purpose, so that no digest of one kind says anything about another kind.
         self._names = {kind: hmac.new(_derive(tenant_key, kind), digestmod="sha256") for kind in "uska"}
+        self._recent: dict[str, str] = {}
+        """Kind and name to pseudonym, of users, keys and addresses; never of sessions, which may hold text."""
         self._digest = hmac.new(_derive(tenant_key, "text"), digestmod="sha256")
         self._minhash = MinHash(_derive(tenant_key, "minhash"), chars_max=minhash_chars_max)
 
@@ -143,9 +146,17 @@ class Pseudonyms:
     def _name(self, kind: str, name: str) -> str:
         if not name:
             return ""
+        known = self._recent.get(kind + name)
+        if known is not None:
+            return known
         digest = self._names[kind].copy()
         digest.update(name.encode("utf-8", "surrogatepass"))
-        return f"{kind}_{digest.hexdigest()[:32]}"
+        made = f"{kind}_{digest.hexdigest()[:32]}"
+        if kind != "s":
+            if len(self._recent) >= RECENT_MAX:
+                self._recent.clear()
+            self._recent[kind + name] = made
+        return made
 
     def digest(self, text: str | bytes) -> str:
         """`hmac:HEX` of a text, or `sha256:HEX` where the setting says so; empty for an empty text.
@@ -284,7 +295,7 @@ class KeyRing:
         return known.principal
 
     def _blinded(self, digest: bytes) -> bytes:
-        return hmac.digest(self._blind, digest, "sha256")
+        return hashlib.blake2b(digest, digest_size=32, key=self._blind).digest()
 
     @property
     def tenants(self) -> frozenset[str]:

@@ -105,6 +105,10 @@ class IdentityConfig(BaseModel):
     epoch_days_min: int = Field(
         90, ge=0, le=36_500, description="A key epoch lasts at least this long: the longest window that looks back"
     )
+    epoch_idle_s: float = Field(
+        1_800, ge=0, le=86_400, description="After a rotation a user keeps the old pseudonym until a pause this long"
+    )
+    epoch_overlap_s: float = Field(86_400, ge=0, le=2_592_000, description="And at the longest for this long")
     reload_s: float = Field(2.0, ge=0.1, le=3_600, description="How often it is looked whether a file of keys changed")
     limits: LimitsConfig = Field(LimitsConfig(), description="What a key may use that has no limits of its own")
     tokens: TokensConfig | None = Field(None, description="JSON Web Tokens of an identity provider")

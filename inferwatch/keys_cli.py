@@ -153,15 +153,15 @@ def shred_epoch(
     from inferwatch.commands import make, operator_of, send  # noqa: PLC0415
 
     settings = load(config)
-    key_dir = settings.collector.identity.key_dir
-    found = find(key_dir, tenant, epoch)
+    identity = settings.collector.identity
+    found = find(identity.key_dir, tenant, epoch, now_s=time.time(), overlap_s=identity.epoch_overlap_s)
     who = operator_of(settings, operator, key)
     if not yes:
         typer.echo(f"{found.path} has been the key of {tenant} since {found.begun:%Y-%m-%d}. This can't be undone.")
         if typer.prompt("Type the epoch to destroy its key") != epoch:
             raise typer.Exit(1)
     asyncio.run(send(settings, who, make(Shred, who, tenant, reason, epoch=epoch)))
-    shred(key_dir, tenant, epoch)
+    shred(found)
     typer.echo(f"The key of {epoch} is destroyed here. Copies on other hosts and in backups are yours to destroy.")
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.identity import (
+    RECENT_MAX,
     KeyProblem,
     KeyRing,
     Principal,
@@ -76,6 +77,21 @@ def test_any_text_has_a_digest(text: str) -> None:
     names = Pseudonyms(KEY)
     assert names.digest(text) == names.digest(text.encode("utf-8", "surrogatepass"))
     assert (names.minhash(text) == "") == (text == "")
+
+
+def test_recent_names_are_remembered_within_a_bound_and_sessions_never() -> None:
+    """Whatever comes and comes again, a pseudonym is that of its key; what clients write is not kept."""
+    names = Pseudonyms(KEY)
+    once = [names.user(f"u{n}") for n in range(10_000)]
+    assert [names.user(f"u{n}") for n in range(10_000)] == once
+    assert len(names._recent) <= RECENT_MAX
+    fresh = Pseudonyms(KEY)
+    assert (fresh.session(CANARY), fresh._recent) == (names.session(CANARY), {})
+    assert (fresh.user("x"), fresh.api_key("x"), fresh.user("x")) == (
+        fresh.user("x"),
+        names.api_key("x"),
+        names.user("x"),
+    )
 
 
 # -- MinHash

@@ -149,7 +149,7 @@ _JSON = st.recursive(
 _NAMES = st.sampled_from(["alg", "kid", "typ", "crit", "b64", "jwk", "exp", "iss", "aud", "sub", "nbf", "iat"])
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.dictionaries(_NAMES, _JSON),
     odd=st.dictionaries(_NAMES, _JSON, min_size=1),

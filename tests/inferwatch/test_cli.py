@@ -15,6 +15,7 @@ COMMANDS = (
     ("broker",), ("serve",), ("detect",), ("deliver",), ("store",), ("up",), ("demo",), ("status",), ("version",),
     ("backtest",),
     ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("keys", "operator"),
+    ("keys", "renew"), ("keys", "revoke"), ("keys", "epochs"), ("keys", "rotate"), ("keys", "shred"), ("lookup",),
     ("dashboards", "export"),
 )  # fmt: skip
 
