@@ -9,16 +9,17 @@ monitoring a proportion when inspecting continuously", J. Quality Technology 31,
 Thresholds are peaks over threshold on each chart's own history, from the tenant's budget split over its keys
 (`detectors.block_rate_charts`, which also has the usual rates). A spike of which one user made more than two thirds is
 left to the probing detector. Trials of one second are added at once: their order is not kept over partitions.
-A spike is told once, and again when its evidence has doubled. A change event of the hour before is named: attack or
-rollout.
+A spike is told once, and again when its evidence has doubled, with whether a few users made it or many
+(`detectors.block_rate_told`). A change event of the hour before is named: attack or rollout.
 
 Cold start. First hour: compares with an assumed rate (2 %), so a tenant whose honest rate is 8 % is told of it. First
 day: the rate is learned, its daily swing is not. First week: thresholds come from a formula, not from the tenant's own
-past. A weekly swing is never learned. The baseline takes counts ten minutes late (one while cold), and none while an
-alarm goes on, so an attack does not teach it; a level that lasts a day is normal.
+past. First month: a weekly swing is learned only where an hour of the week has some tens of blocks. The baseline takes
+counts ten minutes late (one while cold), and none while an alarm goes on, so an attack does not teach it; a level that
+lasts a day is normal.
 
-Memory: stage 1, about 400 bytes a user with a block within a day, plus 350 a remembered prompt (at most eight);
-stage 2, about 16 KB a key: the last 128 seconds with blocks, six charts, counts by hour.
+Memory: stage 1, 56 bytes a user, about 400 more a user with a block within a day, plus 350 a remembered prompt (at most
+eight); stage 2, about 25 KB a key, and 0.5 KB for each user of the last 128 seconds with blocks.
 """
 
 from typing import Final
@@ -26,7 +27,17 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from detectors.block_rate_charts import STREAMS, WEEK_H, WEEK_S, Chart, History, cold_threshold, share_of, threshold_of
+from detectors.block_rate_charts import (
+    STREAMS,
+    WEEK_H,
+    WEEK_S,
+    Chart,
+    History,
+    cold_threshold,
+    run,
+    share_of,
+    threshold_of,
+)
 from detectors.block_rate_told import Announced, Blocks, Spike, alarm_of, blocks_of, by_user, heard_later
 from detectors.block_rate_trials import NAME, BlockRateOne
 from detectors.config import DetectConfig
@@ -115,7 +126,7 @@ class BlockRateTwo(StageTwo):
 
     def _step(self, state: KeyState, second: int, tenant: str, key: str, cell: Cell) -> Alarm | None:
         counts = cell.counts
-        self._settle(state, second, self._guard(tenant, key))
+        self._settle(state, second, tenant, key)
         state.requests += counts["requests"]
         if counts.get("blocks"):
             state.recent.append(blocks_of(second, cell, self._contributors_max))
@@ -132,9 +143,7 @@ class BlockRateTwo(StageTwo):
                 state.rates[stream] = state.usual.streams[stream].at(state.hour % WEEK_H, pooled, weight)
             for chart in state.charts:
                 chart.aim(state.rates[chart.stream])
-        seen = {each: (counts.get(f"{each}_trials", 0), counts.get(f"{each}_blocks", 0)) for each in STREAMS}
-        for chart in state.charts:
-            chart.add(second, *seen[chart.stream], counts["requests"])
+        run(state.charts, second, counts)
         worst = self._crossed(state, counts)
         told = worst is not None and self._to_tell(state, worst, second)
         self._wait(state, second, counts, suspicious=state.alarming_s is not None)
@@ -192,16 +201,20 @@ class BlockRateTwo(StageTwo):
         for name, count in counts.items():
             waiting.counts[name] = waiting.counts.get(name, 0) + count
 
-    def _settle(self, state: KeyState, second: int, guard: History) -> None:
+    def _settle(self, state: KeyState, second: int, tenant: str, key: str) -> None:
         """Minutes that are old enough enter the baseline, unless an alarm was going on in them."""
         settle_s = self._config.settle_cold_s if self._cold(state) else self._config.settle_s
+        if not state.waiting or (state.waiting[0].minute + 1) * 60 > second - settle_s:
+            return
+        guard = self._guard(tenant, key)
         while state.waiting and (state.waiting[0].minute + 1) * 60 <= second - settle_s:
             waiting = state.waiting.pop(0)
             state.rates = {}
             if waiting.suspicious:
                 self._doubt(state, waiting)
                 continue
-            state.suspect, state.suspect_since_s = History.new(), None
+            if state.suspect_since_s is not None:
+                state.suspect, state.suspect_since_s = History.new(), None
             state.usual.add(waiting.minute, waiting.counts, self._config.half_life_s)
             guard.add(waiting.minute, waiting.counts, self._config.half_life_s)
 

@@ -32,6 +32,7 @@ TAIL_WEIGHT: Final = 5.0
 THRESHOLD_MIN: Final = 3.0
 REQUESTS_A_WEEK_MIN: Final = 10_000.0
 STREAMS: Final = ("fresh", "distinct")
+COUNTS_OF: Final = {stream: (f"{stream}_trials", f"{stream}_blocks") for stream in STREAMS}
 ALIKE: Final = 1.2
 """So many charts cross together as one: six charts share the budget as five would."""
 
@@ -102,8 +103,8 @@ class History(Struct):
             for known in self.streams.values():
                 known.fade(factor)
             self.day = day
-        for stream, known in self.streams.items():
-            known.add(minute // 60 % WEEK_H, counts.get(f"{stream}_trials", 0), counts.get(f"{stream}_blocks", 0))
+        for stream, (trials, blocks) in COUNTS_OF.items():
+            self.streams[stream].add(minute // 60 % WEEK_H, counts.get(trials, 0), counts.get(blocks, 0))
 
     def trials(self) -> float:
         """Of the first stream: how much was learned."""
@@ -150,6 +151,14 @@ class Chart(Struct):
         value = self.sum + blocks * self.block_nats + (trials - blocks) * self.pass_nats
         self.sum = value = 0.0 if value < 0 else min(value, 2 * self.threshold)
         self.top = max(self.top, value)
+
+
+def run(charts: list[Chart], second: int, counts: dict[str, int]) -> None:
+    """One second's counts, on every chart."""
+    requests = counts["requests"]
+    for chart in charts:
+        trials, blocks = COUNTS_OF[chart.stream]
+        chart.add(second, counts.get(trials, 0), counts.get(blocks, 0), requests)
 
 
 def threshold_of(maxima: list[float], cold: float, per_week: float) -> float:

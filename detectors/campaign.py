@@ -21,183 +21,27 @@ Memory: stage 1, about 200 bytes a user blocked within an hour; stage 2, about 0
 100 bytes a user of a family. What a crash loses: nothing.
 """
 
-import base64
-import binascii
 import math
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
-import numpy as np
-from msgspec import Struct
-from numpy.typing import NDArray
 
-from collector.event import AuditEvent
-from detectors.chunk import Chunk
+from detectors.campaign_families import Families, Family, sketch_of, taken, together
+from detectors.campaign_passed import NAME, CampaignOne
 from detectors.config import CampaignConfig, DetectConfig
-from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor, actor_entity, contributors
-from detectors.entities import Dump, EntityTable
+from detectors.detector import Alarm, Card, Detector, StageTwo, contributors
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Statistic
-from detectors.registry import Registry
-from detectors.rollup import Partial, Sample, Signal, earliest, merge_offsets
+from detectors.rollup import Signal
 from detectors.time import SECOND_US
 
-NAME: Final = "campaign"
-SKETCH_BYTES: Final = 256
-SLOTS: Final = SKETCH_BYTES // 4
-MEMBERS_MAX: Final = 16
 JOINED: Final = 0.42
 """Similarity of two families' sketches from which they are one."""
-HOUR_US: Final = 3_600 * SECOND_US
-DAY_US: Final = 24 * HOUR_US
+DAY_US: Final = 86_400 * SECOND_US
 NEW_US: Final = 3 * DAY_US
 """A tenant is new for so long: twice as many users are asked for."""
 PAST_HALF_LIFE_US: Final = 7 * DAY_US
 SPREAD: Final = 6.0
 """Standard deviations (Poisson) above a family's usual number of users a day."""
-Sketches = NDArray[np.uint32]
-
-
-class Passed(Struct):
-    """What was passed on of a user since `since_us`."""
-
-    since_us: int
-    prompts: list[str]
-
-
-class CampaignOne(StageOne):
-    """Passes on blocked prompts, each once a user and hour."""
-
-    def __init__(self, config: DetectConfig, registry: Registry) -> None:  # noqa: ARG002 the same for all
-        self._config = config.campaign
-        self._users: EntityTable[str, Passed] = EntityTable(self._config.users_max, HOUR_US)
-        self._left_out = 0
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self._users.counters | {"users": len(self._users), "left_out": self._left_out}
-
-    def events(self, chunk: Chunk) -> list[Partial | Signal]:
-        told: list[Partial | Signal] = []
-        room: dict[tuple[int, str], int] = {}
-        for row in np.flatnonzero(chunk.columns.blocked).tolist():
-            event, moment_us = chunk.event(row), int(chunk.columns.moment_us[row])
-            who, second = actor(event), int(chunk.second[row])
-            if not who or sketch_of(event.minhash) is None or not self._new(f"{event.tenant}\n{who}", event, moment_us):
-                continue
-            place = second, event.tenant
-            room[place] = room.get(place, 0) + 1
-            if room[place] > self._config.passed_max:
-                self._left_out += 1
-                continue
-            offset = int(chunk.columns.offset[row])
-            told.append(
-                Signal(
-                    partition=chunk.partition,
-                    second=second,
-                    tenant=event.tenant,
-                    kind=NAME,
-                    # In order of time, so that stage 2 is given them so.
-                    key=f"{moment_us:017d}\n{event.event_id}\n{event.minhash}",
-                    entity=actor_entity(who),
-                    model=event.model_version,
-                    first_seen_us=moment_us,
-                    last_seen_us=moment_us,
-                    observed_milli=0,
-                    baseline_milli=0,
-                    counts={},
-                    samples=[(moment_us, event.event_id)],
-                    first_offset=offset,
-                    last_offset=offset,
-                )
-            )
-        return told
-
-    def _new(self, name: str, event: AuditEvent, moment_us: int) -> bool:
-        past = self._users.get(name)
-        if past is None or moment_us - past.since_us > HOUR_US:
-            past = Passed(moment_us, [])
-        prompt = event.turn_hash or event.prompt_hash or event.minhash
-        new = prompt not in past.prompts and len(past.prompts) < self._config.user_prompts_max
-        if new:
-            past.prompts.append(prompt)
-            self._users.put(name, moment_us, past)
-        return new
-
-    def snapshot(self) -> bytes:
-        return _encoder.encode((self._users.dump(), self._left_out))
-
-    def restore(self, raw: bytes) -> None:
-        users, self._left_out = _one_decoder.decode(raw)
-        self._users.load(users)
-
-
-class Family(Struct):
-    """Blocked prompts that are alike."""
-
-    sketch: bytes
-    members: list[bytes]
-    """The last sixteen sketches."""
-    users: dict[str, int]
-    """User to when he was last blocked with one, in µs: those of the last day."""
-    first_us: int
-    last_us: int
-    model: str
-    prompts: int = 0
-    samples: list[Sample] = []
-    offsets: dict[int, tuple[int, int]] = {}
-    raised_s: int = 0
-    told: int = 0
-    """Users when it was last told anew."""
-    past: float = 0.0
-    """Users before the last day, faded."""
-    past_us: int = 0
-
-
-class Families:
-    """One tenant's, with their sketches as the rows of a matrix."""
-
-    def __init__(self, families: list[Family], since_us: int) -> None:
-        self.families, self.since_us = families, since_us
-        self._matrix: Sketches = np.zeros((64, SLOTS), np.uint32)
-        self._fit()
-        for row, family in enumerate(families):
-            self._matrix[row] = slots_of(family.sketch)
-
-    def _fit(self) -> None:
-        while len(self._matrix) < len(self.families):
-            self._matrix = np.concatenate([self._matrix, np.zeros_like(self._matrix)])
-
-    def nearest(self, sketch: bytes, similarity: float, apart: int = -1) -> int | None:
-        """The most similar family, the first of equals; `apart` is left out."""
-        if not self.families:
-            return None
-        equal = (self._matrix[: len(self.families)] == slots_of(sketch)).sum(1)
-        if apart >= 0:
-            equal[apart] = 0
-        best = int(equal.argmax())
-        return best if equal[best] >= similarity * SLOTS else None
-
-    def alike(self, row: int, other: int) -> float:
-        """Estimated similarity of two families."""
-        return float((self._matrix[row] == self._matrix[other]).mean())
-
-    def put(self, row: int, family: Family) -> None:
-        """At a row, or after the last."""
-        if row == len(self.families):
-            self.families.append(family)
-            self._fit()
-        self.families[row] = family
-        self._matrix[row] = slots_of(family.sketch)
-
-    def remove(self, row: int) -> None:
-        """The last one takes its place."""
-        last = self.families.pop()
-        if row < len(self.families):
-            self.put(row, last)
-
-    def oldest(self) -> int:
-        """The family longest unseen."""
-        return min(range(len(self.families)), key=lambda row: (self.families[row].last_us, row))
 
 
 class CampaignTwo(StageTwo):
@@ -231,11 +75,11 @@ class CampaignTwo(StageTwo):
             row = len(known.families)
             known.put(row, Family(sketch, [], {}, signal.first_seen_us, 0, signal.model))
         family = known.families[row]
-        self._take(family, sketch, signal)
+        taken(family, sketch, signal, self._config.family_users_max)
         known.put(row, family)
         other = self._like(known, row) if family.prompts > 1 else None
         if other is not None:
-            family = _together(family, known.families[other], self._config.family_users_max)
+            family = together(family, known.families[other], self._config.family_users_max)
             known.put(min(row, other), family)
             known.remove(max(row, other))
         return self._judged(family, signal, known.since_us)
@@ -250,16 +94,6 @@ class CampaignTwo(StageTwo):
             return other
         told_s = max(family.raised_s, known.families[other].raised_s)
         return other if family.last_us // SECOND_US - told_s < self._config.window_s else None
-
-    def _take(self, family: Family, sketch: bytes, signal: Signal) -> None:
-        """One more prompt of the family."""
-        family.members = [*family.members, sketch][-MEMBERS_MAX:]
-        family.sketch = commonest(family.members)
-        family.users = newest(family.users | {signal.entity.id: signal.last_seen_us}, self._config.family_users_max)
-        family.prompts += 1
-        family.last_us, family.model = signal.last_seen_us, signal.model
-        family.samples = earliest([*family.samples, *signal.samples])
-        merge_offsets(family.offsets, {signal.partition: (signal.first_offset, signal.last_offset)})
 
     def _judged(self, family: Family, signal: Signal, since_us: int) -> list[Alarm]:
         """Told when it becomes a campaign, while prompts come, and again when it has half as many users more."""
@@ -331,65 +165,7 @@ class CampaignTwo(StageTwo):
         self._tenants = {tenant: Families(*known) for tenant, known in tenants.items()}
 
 
-def sketch_of(text: str) -> bytes | None:
-    """The sketch of an event, if it is one of 64 slots."""
-    try:
-        sketch = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    return sketch if len(sketch) == SKETCH_BYTES else None
-
-
-def slots_of(sketch: bytes) -> Sketches:
-    """Its numbers."""
-    return np.frombuffer(sketch, "<u4").astype(np.uint32)
-
-
-def commonest(sketches: list[bytes]) -> bytes:
-    """Slot by slot the value that most of the sketches have; of equally many the earliest sketch's."""
-    if len(sketches) < 3:
-        return sketches[0]
-    rows = np.frombuffer(b"".join(sketches), "<u4").reshape(len(sketches), -1)
-    alike = (rows[:, None, :] == rows[None, :, :]).sum(1)
-    chosen: Sketches = rows[alike.argmax(0), np.arange(rows.shape[1])]
-    return chosen.tobytes()
-
-
-def newest(users: dict[str, int], limit: int) -> dict[str, int]:
-    """The `limit` users seen last, in order of id."""
-    if len(users) > limit:
-        users = dict(sorted(users.items(), key=lambda item: (-item[1], item[0]))[:limit])
-    return users
-
-
-def _together(one: Family, other: Family, users_max: int) -> Family:
-    """Two families as one, under the older one's name."""
-    members = [*other.members, *one.members][-MEMBERS_MAX:]
-    users = dict(one.users)
-    for user, last_us in other.users.items():
-        users[user] = max(users.get(user, last_us), last_us)
-    offsets = dict(one.offsets)
-    merge_offsets(offsets, other.offsets)
-    return Family(
-        sketch=commonest(members),
-        members=members,
-        users=newest(users, users_max),
-        past=one.past + other.past,
-        past_us=max(one.past_us, other.past_us),
-        first_us=min(one.first_us, other.first_us),
-        last_us=max(one.last_us, other.last_us),
-        model=one.model,
-        prompts=one.prompts + other.prompts,
-        samples=earliest([*one.samples, *other.samples]),
-        offsets=offsets,
-        raised_s=max(one.raised_s, other.raised_s),
-        told=max(one.told, other.told),
-    )
-
-
 _encoder: Final = msgspec.msgpack.Encoder()
-_Users: TypeAlias = Dump[str, Passed]
-_one_decoder: Final = msgspec.msgpack.Decoder(tuple[_Users, int])
 _two_decoder: Final = msgspec.msgpack.Decoder(tuple[dict[str, tuple[list[Family], int]], dict[str, int]])
 
 DETECTOR: Final = Detector(

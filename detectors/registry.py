@@ -1,7 +1,7 @@
 """The users of one partition: who was seen, when, and a few numbers that detectors keep of each, in numpy columns.
 
 A user is known by 128 bits (`detectors.columns`). Memory: 16 bytes of key, about 8 of index and 16 of times
-an entity, and what detectors declare (`column`): with all of them some 80 bytes, the key included.
+an entity, and what detectors declare (`column`): with all of them some 120 bytes, the key included.
 
 Bound: `limit` entities. When a second brings more, the longest unseen go first, those without evidence before any with;
 both are counted. This is decided from one whole second at a time, so batches and restarts change nothing.

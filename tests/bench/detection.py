@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import structlog
 
-PARTS: Final = ("block", "latency", "tokens", "probing", "campaign", "cost")
+PARTS: Final = ("block", "latency", "tokens", "probing", "campaign", "ablations", "cost")
 MODULES: Final = {part: f"tests.bench.detection_{part}" for part in PARTS} | {"cost": "tests.bench.detectors"}
 FIGURES: Final = {
     "block rate, background with sticky and retried blocks and user-by-day clustering, ≥ 60 tenants, 30 d": "block",

@@ -156,10 +156,10 @@ def measure(data: Path, seed: int, *, quick: bool, config: DetectConfig = ONLY) 
         "worst_tenant_a_week": round(max(a_week), 2),
         "first_week": round(float(np.mean([tenant.first_week for tenant in tenants])), 3),
     }
-    return figures | {kind: _shift(tenants, kind) for kind in KINDS} | {"told_right": _told_right(tenants)}
+    return figures | {kind: shift_of(tenants, kind) for kind in KINDS} | {"told_right": told_right(tenants)}
 
 
-def _shift(tenants: Sequence[Tenant], kind: str) -> dict[str, Any]:
+def shift_of(tenants: Sequence[Tenant], kind: str) -> dict[str, Any]:
     """Excess blocks until a shift was found: requests x usual rate x (ratio - 1). A miss counts as endless."""
     shifts = [shift for tenant in tenants for shift in tenant.shifts if shift["kind"] == kind]
     excess = [np.inf if shift["requests"] is None else shift["requests"] * shift["unit"] for shift in shifts]
@@ -175,7 +175,7 @@ def _shift(tenants: Sequence[Tenant], kind: str) -> dict[str, Any]:
     }
 
 
-def _told_right(tenants: Sequence[Tenant]) -> float | None:
+def told_right(tenants: Sequence[Tenant]) -> float | None:
     """Share of found shifts of 3 times that were put down rightly to few or many users, both kinds weighing alike."""
     shares = []
     for kind in ("many 3x", "few 3x"):

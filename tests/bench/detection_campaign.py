@@ -73,7 +73,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
     minhash = MinHash(b"bench")
     quiet = [minhash.encode(text) for text in benign]
     months, campaigns = (1, 1) if quick else (12, 20)
-    false = [_month(rng, quiet) for _ in range(months)]
+    false = [month(rng, quiet) for _ in range(months)]
     figures: dict[str, Any] = {
         "about": "prompts real, senders simulated, campaigns injected among ordinary blocked prompts",
         "months": months,
@@ -85,7 +85,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
         for _ in range(campaigns):
             text = attacks[int(rng.integers(len(attacks)))]
             made = [minhash.encode(variant(text, share, words, rng)) for _ in range(USERS * PROMPTS_A_USER)]
-            runs.append(_campaign(rng, quiet, made))
+            runs.append(campaign_of(rng, quiet, made))
         figures[f"replaced {share:.0%}"] = {
             "found": round(float(np.mean([bool(run["incidents"]) for run in runs])), 3),
             "one_incident": round(float(np.mean([run["incidents"] == 1 for run in runs])), 3),
@@ -96,7 +96,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
     return figures
 
 
-def _month(rng: np.random.Generator, quiet: Sequence[str]) -> int:
+def month(rng: np.random.Generator, quiet: Sequence[str]) -> int:
     count = BLOCKS_A_DAY * MONTH_DAYS
     at_s = np.sort(rng.random(count)) * MONTH_DAYS * DAY_S
     which = np.concatenate([rng.permutation(len(quiet)) for _ in range(count // len(quiet) + 1)])[:count]
@@ -104,7 +104,7 @@ def _month(rng: np.random.Generator, quiet: Sequence[str]) -> int:
     return len({finding.incident for finding in told})
 
 
-def _campaign(rng: np.random.Generator, quiet: Sequence[str], made: Sequence[str]) -> dict[str, int]:
+def campaign_of(rng: np.random.Generator, quiet: Sequence[str], made: Sequence[str]) -> dict[str, int]:
     """Half a day of ordinary blocked prompts, the campaign in the middle."""
     ordinary = BLOCKS_A_DAY // 2
     at_s = np.concatenate([rng.random(ordinary) * 2 * SPAN_S, SPAN_S / 2 + rng.random(len(made)) * SPAN_S])

@@ -2,8 +2,12 @@
 
 import random
 
-from detectors.campaign import MEMBERS_MAX, commonest, sketch_of
-from detectors.finding import Finding
+import pytest
+
+from detectors.campaign import CampaignTwo
+from detectors.campaign_families import MEMBERS_MAX, commonest, sketch_of
+from detectors.finding import Entity, Finding
+from detectors.rollup import Signal
 from tests.detectors.test_demo import CONFIG
 from tests.sim.layout import Layout, lay_out
 from tests.sim.pipe import run
@@ -26,6 +30,40 @@ def test_variants_of_one_prompt_by_thirty_users_are_one_finding() -> None:
     assert told[0][-1].counts["users"] == 30
     assert told[0][-1].cold_start
     assert [[each.counts for each in found] for found in told[1:]] == [[each.counts for each in told[0]]] * 2
+
+
+@pytest.mark.parametrize(("users_a_day", "told_later"), [(6, False), (20, False), (60, True)])
+def test_a_form_letter_that_was_always_blocked_is_no_campaign_until_many_more_send_it(
+    users_a_day: int, told_later: bool
+) -> None:
+    """Twelve days of one prompt that a guard mistakes, by 6 or 20 users a day; or by 20, and on the last day by 60."""
+    family = sketch(set(range(60)))
+    two = CampaignTwo(CONFIG)
+    days_told: dict[int, int] = {}
+    for day in range(12):
+        users = users_a_day if users_a_day < 60 or day == 11 else 20
+        for number in range(users):
+            second = 1_800_000_000 + day * 86_400 + number * (80_000 // users)
+            signal = Signal(
+                partition=0,
+                second=second,
+                tenant="acme",
+                kind="campaign",
+                key=f"{second}\n{second}\n{family}",
+                entity=Entity(kind="user", id=f"u_{day}_{number}"),
+                model="m",
+                first_seen_us=second * 1_000_000,
+                last_seen_us=second * 1_000_000,
+                observed_milli=0,
+                baseline_milli=0,
+                counts={},
+                samples=[(second * 1_000_000, str(second))],
+                first_offset=second,
+                last_offset=second,
+            )
+            days_told[day] = days_told.get(day, 0) + len(two.signal(signal))
+    assert [day for day in range(8, 12) if days_told[day]] == ([11] if told_later else [])
+    assert (days_told[0] > 0) == (users_a_day >= 20)
 
 
 def test_many_users_with_prompts_of_their_own_are_no_campaign() -> None:

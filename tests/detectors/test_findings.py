@@ -21,7 +21,7 @@ from tests.sim.traffic import Traffic
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "findings"
 LAYOUT = Layout(partitions=4, heartbeat_ms=1_000)
-CASES = {"block_rate": "b", "probing": "r", "latency": "l", "token_length": "t", "volume": "v"}
+CASES = {"block_rate": "b", "campaign": "d", "probing": "r", "latency": "l", "token_length": "t", "volume": "v"}
 
 
 def findings_of(traffic: Traffic) -> list[Finding]:

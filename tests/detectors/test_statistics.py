@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from detectors.block_rate_charts import Chart
 from detectors.config import DetectConfig
 from tests.bench.probing_clients import NOVEL, RESENT, Client
 from tests.bench.probing_log import only_probing, passed
@@ -60,3 +61,23 @@ def test_a_rate_that_was_learned_is_no_evidence_on_later_days() -> None:
     days = {int((each.last_seen_us / 1e6) // 86_400) for each in signals if each.kind == "probing"}
     first = int(min(each.last_seen_us for each in signals) / 1e6) // 86_400
     assert days == {first}
+
+
+@pytest.mark.parametrize("ratio", [2.0, 3.0, 6.0])
+def test_a_chart_of_independent_trials_alarms_no_more_often_than_its_threshold_allows(ratio: float) -> None:
+    """The mean time to a false alarm of a CUSUM with threshold h is at least exp(h) trials (G. Lorden, "Procedures for
+    reacting to a change in distribution", Ann. Math. Statist. 42, 1971): three standard deviations on top."""
+    seed, trials, rate, threshold = 7, 60_000, 0.02, 4.0
+    print("seed", seed)
+    blocks = np.random.default_rng(seed).random(trials) < rate
+    chart = Chart("fresh", ratio, threshold=threshold)
+    chart.aim(rate)
+    alarms = 0
+    for second, blocked in enumerate(blocks.tolist()):
+        chart.add(second, 1, int(blocked), 1)
+        if chart.sum >= threshold:
+            alarms += 1
+            chart.sum = 0.0
+    bound = trials * math.exp(-threshold)
+    print("alarms", alarms, "bound", bound)
+    assert 0 < alarms <= bound + 3 * math.sqrt(bound)
