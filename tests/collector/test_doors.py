@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from collector import identity as identity_module
+from collector.audit import EngineRequest
 from collector.doors import Watched, open_identity
 from collector.identity import KeyProblem, KeyRing
 from collector.identity_config import IdentityConfig
@@ -297,6 +298,22 @@ async def test_requests_at_a_time_are_given_back_however_a_request_ends(tmp_path
     done.set()
     assert (await ask(site, key)).status_code == 200
     assert ("concurrency_limit", 429) in site.refused
+
+
+async def test_tokens_of_answers_are_counted_where_their_event_is_written(tmp_path: Path) -> None:
+    """Prompt and answer tokens of the engine's requests; what a guard blocked before the engine cost none."""
+    site = make_site(tmp_path, limits={"tokens_per_minute": 20})
+    real = site.gate._app
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        audit = site.auditor.open(EngineRequest("generate", "hello", prompt_tokens=8))
+        audit.close("ok", generated=2)
+        site.auditor.open(EngineRequest("generate", "hello", prompt_tokens=1_000)).close("blocked_input")
+        await real(scope, receive, send)
+
+    site.gate._app = engine
+    assert [(await ask(site, ("x-api-key", site.api_key))).status_code for _ in range(3)] == [200, 200, 429]
+    assert site.refused == [("token_limit", 429)]
 
 
 async def test_a_stranger_is_not_counted_and_fills_no_table(tmp_path: Path) -> None:
