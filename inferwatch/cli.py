@@ -12,7 +12,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from inferwatch import budget_cli, deadletter_cli, findings_cli, keys_cli, lookup_cli, topics_cli
+from inferwatch import budget_cli, deadletter_cli, findings_cli, keys_cli, lookup_cli, record_cli, topics_cli
 from inferwatch.config import Config, describe, load
 from inferwatch.options import ConfigOption, JsonOption
 
@@ -29,6 +29,7 @@ app.add_typer(findings_cli.app, name="finding")
 app.command()(findings_cli.maintenance)
 app.command()(findings_cli.change)
 app.command()(lookup_cli.lookup)
+app.command()(record_cli.record)
 
 MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
 

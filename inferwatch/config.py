@@ -146,7 +146,7 @@ def describe(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
         if inner is not None:
             tables.append((f"{prefix}{name}", inner, field.default is None))
             continue
-        default = field.get_default(call_default_factory=True)
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
         yield f"# {field.description}" if field.description else "#"
         yield f"# {name} = {_toml(default)}" if default is not None else f"# {name} ="
     for name, inner, optional in tables:

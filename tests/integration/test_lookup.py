@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 
 from collector.epochs import epochs, rotate
 from collector.identity import Pseudonyms, create_key_file, load_key
-from collector.kafka import KafkaConfig, ensure_topics, make_consumer
-from detectors.commands import AnyCommand, Lookup, Shred, public_keys, verify
-from detectors.config import CommandsConfig
+from collector.kafka import KafkaConfig, read_topic
+from detectors.commands import AnyCommand, Lookup, Shred
 from inferwatch.cli import app
+from inferwatch.config import load
 from inferwatch.operators import create_operator_key
+from inferwatch.record_cli import signed
 from sinks.clickhouse.face import Face
 from sinks.clickhouse.store import open_store
 from sinks.config import FaceConfig, StoreConfig
+from streams.commands import send_command
 from tests.sinks.samples import START, event, stored
 
 TEXT = "Please summarise the attached quarterly report of the canary-4f7e department in two sentences."
@@ -92,29 +94,14 @@ alice = "{self.public}"
         return CliRunner().invoke(app, words, input=text)
 
     def commands(self) -> list[AnyCommand]:
-        """What is on iw.commands, verified as stage 2 does."""
-        config = CommandsConfig(operators={"alice": self.public})
-        return [
-            verify(message.value, message.timestamp, public_keys(config), config)
-            for message in asyncio.run(_messages(self.kafka))
-        ]
+        """What `inferwatch record` shows."""
+        done, refused = asyncio.run(signed(load(self.folder / "inferwatch.toml")))
+        assert refused == 0
+        return done
 
 
 async def _messages(kafka: KafkaConfig) -> list[Any]:
-    await ensure_topics(kafka)
-    consumer = make_consumer(kafka, kafka.topic("commands"), group_id=None)
-    await consumer.start()
-    try:
-        while not (partitions := consumer.assignment()):  # noqa: ASYNC110 - the client gives no event for it
-            await asyncio.sleep(0.02)
-        ends = await consumer.end_offsets(partitions)
-        found: list[Any] = []
-        while any([await consumer.position(place) < end for place, end in ends.items()]):
-            for batch in (await consumer.getmany(timeout_ms=300)).values():
-                found += batch
-        return sorted(found, key=lambda message: message.timestamp)
-    finally:
-        await consumer.stop()
+    return [message async for message in read_topic(kafka, "commands")]
 
 
 @pytest.fixture
@@ -198,6 +185,11 @@ def test_after_shredding_nothing_of_the_epoch_is_found_and_that_is_on_record(hos
     (record,) = host.commands()
     assert isinstance(record, Shred)
     assert (record.epoch, record.by, record.reason) == (host.epochs[0], "alice", "13 months")
+    config = ["--config", str(host.folder / "inferwatch.toml")]
+    shown = CliRunner().invoke(app, ["record", "--kind", "shred", *config]).stdout.splitlines()[-1]
+    assert shown.endswith(f"shred  default  alice: 13 months  (epoch {host.epochs[0]})")
+    asyncio.run(send_command(host.kafka, "default", b'{"payload":"{}","signature":""}'))
+    assert "1 records are not signed" in CliRunner().invoke(app, ["record", *config]).output
     found = _answer(host.lookup(TEXT, "--json"))
     assert (found["exact"], [each["epoch"] for each in found["epochs"]]) == (2, [host.epochs[1]])
 
