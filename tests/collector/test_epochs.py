@@ -1,5 +1,6 @@
 """Key epochs: a new one in a running collector, an overlap that cuts nobody's windows, and the end of an old one."""
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -9,10 +10,16 @@ import pytest
 
 from collector import epochs as epochs_module
 from collector.audit import EngineRequest
+from collector.config import CollectorConfig, JournalConfig
 from collector.context import exchange
 from collector.epochs import DAY_S, epochs, find, rotate, shred
+from collector.event import AnyRecord, Change, decode
+from collector.guards.config import GuardsConfig
 from collector.identity import KeyProblem, Pseudonyms, create_key_file, load_key
+from collector.kafka import KafkaConfig, read_topic
 from collector.overlap import Overlap
+from collector.startup import open_auditor
+from collector.weights import Model
 from tests.collector.doors import Site, ask, make_site
 
 
@@ -184,6 +191,32 @@ async def test_a_running_collector_goes_over_without_a_restart_and_tells_of_it(t
             "turn_hash": names.digest("hello"),
             "minhash": names.minhash("hello"),
         }
+
+
+@pytest.mark.kafka
+def test_a_rotation_is_told_on_the_log(tmp_path: Path, kafka_config: KafkaConfig) -> None:
+    """A whole collector on a real broker, its watch running: one `change` event with both epochs, and it stays up."""
+    site = make_site(tmp_path, reload_s=0.1)
+    config = CollectorConfig(
+        collector_id="c",
+        identity=site.config,
+        journal=JournalConfig(dir=tmp_path / "journal"),
+        guards=GuardsConfig(order=()),
+    )
+    auditor = open_auditor(kafka_config, config, Model("m@1", "sha256:" + "0" * 64))
+    before, after = turn(site.config.key_dir)
+    end_s = time.monotonic() + 60
+    while auditor.identity.names("default").epoch != after and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert auditor.stop(60)
+
+    async def read() -> list[AnyRecord]:
+        return [decode(message.value or b"") async for message in read_topic(kafka_config, "events")]
+
+    changes = [record for record in asyncio.run(read()) if isinstance(record, Change)]
+    assert [(each.subject, each.before, each.after, each.tenant) for each in changes] == [
+        ("key_epoch", before, after, "default")
+    ]
 
 
 def test_who_is_in_the_middle_of_something_keeps_his_pseudonym_until_he_pauses(tmp_path: Path) -> None:

@@ -120,3 +120,4 @@ def test_the_example_is_itself_a_sound_configuration(tmp_path: Path) -> None:
     assert tomllib.loads(text) is not None
     assert load(write(tmp_path, text)).digest() == Config().digest()
     assert "bootstrap_servers" in text
+    assert "Undefined" not in text
