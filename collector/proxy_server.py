@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, cast
 
+import structlog
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -26,6 +27,8 @@ from collector.proxy_routes import table
 from collector.proxy_upstream import Upstream, read_secret
 from collector.startup import open_auditor
 from collector.weights import Model
+
+log = structlog.get_logger(__name__)
 
 _HEAD_TIMEOUT_S: Final = 10.0
 _HEAD_BYTES_MAX: Final = 32_768
@@ -47,6 +50,11 @@ class StrictH11(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes came: a request that is in the middle of its head has only so long."""
         super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """An answer is out: the next request's head, where it has begun, has only so long."""
+        super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -74,6 +82,10 @@ class StrictH11(H11Protocol):
             self.transport.close()
 
 
+def _tell(what: str, error: Exception) -> None:
+    log.error(what, error=type(error).__name__)
+
+
 class Site:
     """One proxy: the gate, the app, and the auditor that both share once the server has started."""
 
@@ -82,7 +94,14 @@ class Site:
         self._auditor: Auditor | None = None
         proxy = Proxy(config, upstream=lambda: Upstream(config, secret), auditor=self.auditor)
         routes = table(config.kind, config.open_management)
-        self.app = Gate(proxy, auditor=lambda _: self._opened(), stop=self._stop, routes=routes, read=read)
+        self._gate = Gate(proxy, auditor=lambda _: self._opened(), stop=self._stop, routes=routes, read=read)
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        """The ASGI app. What it fails with is named, not shown: the server's own trace may quote what was sent."""
+        try:
+            await self._gate(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - as said
+            _tell("a connection failed", error)
 
     def auditor(self) -> Auditor:
         """The process's auditor. Raises Unaudited before the start and after the end."""
@@ -118,6 +137,7 @@ class Site:
                 port=config.port,
                 http=protocol,
                 ws="none",
+                interface="asgi3",
                 lifespan="on",
                 log_level="error",
                 access_log=False,

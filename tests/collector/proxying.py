@@ -132,6 +132,11 @@ class Front:
         """A good key."""
         return {"authorization": f"Bearer {self.key}"}
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
+
     def told(self) -> list[tuple[str, str, int]]:
         """Status, reason and HTTP status of each event."""
         return [(event.status, event.reason, event.http_status) for event in self.events]

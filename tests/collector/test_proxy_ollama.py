@@ -219,7 +219,7 @@ def test_a_new_digest_of_a_model_is_seen(
     to = client(front)
     to.generate("tiny", "hi")
     upstream[0].models["tiny:latest"] = "d" * 64
-    proxy = front.site.app._app
+    proxy = front.site._gate._app
     proxy._upstream._listed_s = 0.0  # type: ignore[attr-defined]
     end_s = time.monotonic() + 10
     while front.events[-1].weights_digest != "sha256:" + "d" * 64:
