@@ -93,9 +93,9 @@ class Proxy:
         path, auditor = str(scope["path"]), self._auditor()
         relay = Relay(auditor, APIS.get(path, "vectors"), send)
         try:
-            body = orjson.loads(raw)
+            body = _parsed(raw)
             self._permit(upstream, path, body)
-            asked = orjson.dumps(self._asked(path, body, relay))
+            asked = _written(self._asked(path, body, relay))
             self._begin(upstream, auditor, at_hand, body, relay)
             async with AsyncExitStack() as stack, asyncio.timeout(self._config.answer_timeout_s):
                 answer = await upstream.ask(stack, "POST", path, asked, _headers(scope))
@@ -111,8 +111,6 @@ class Proxy:
             await relay.fail(UpstreamFailed(504, "upstream_slow"))
         except Unaudited as refused:
             await relay.refuse(Refusal(503, "unaudited", str(refused)), "unaudited")
-        except (ValueError, TypeError):  # of orjson: numbers and characters that parsers read differently
-            await relay.refuse(Refusal(400, "bad_json", "The request's body can't be sent on."), "")
         except Exception as error:  # noqa: BLE001 - a trace in the server's log may quote what was asked
             _tell("the proxy failed, a request is refused", error)
             await relay.refuse(Refusal(500, "proxy_failed", "The request could not be answered."), "proxy failed")
@@ -173,6 +171,22 @@ async def _until_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None
         await asyncio.gather(doing, watching, return_exceptions=True)
     if not doing.cancelled():
         doing.result()
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """The body. Raises Refusal for numbers and characters that parsers read differently."""
+    try:
+        body = orjson.loads(raw)
+    except ValueError:
+        raise Refusal(400, "bad_json", "The request's body can't be sent on.") from None
+    return dict(body)
+
+
+def _written(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # too deep for it, though nothing that a guard reads is
+        raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
 
 
 async def _gone(receive: Receive) -> None:

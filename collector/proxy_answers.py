@@ -79,7 +79,7 @@ class Seen:
                 self.usage_tokens = max(self.usage_tokens, *out)
 
     def _end(self, frame: Frame) -> None:
-        if frame.get("done") is True or frame.get("type") in _ENDS:
+        if frame.get("done") is True or str(frame.get("type")) in _ENDS:
             self.ended = True
         self._finish(frame.get("done_reason"))
         self._finish(frame.get("stop_reason"))

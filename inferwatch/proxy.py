@@ -1,11 +1,13 @@
 """`inferwatch proxy`: the gate before Ollama or any server that speaks OpenAI's API, as a server of its own."""
 
+import signal
 import sys
 from typing import Any
 
 import structlog
 from pydantic import ValidationError
 
+from collector import cores
 from collector.proxy_config import ProxyConfig
 from collector.startup import check
 from inferwatch.config import Config, ConfigError
@@ -28,8 +30,11 @@ def run_proxy(config: Config, flags: dict[str, Any]) -> None:
         raise ConfigError(f"{error.name} is not installed here: pip install 'inferwatch[proxy]'") from None
     made = site(config.kafka, config.collector, proxy, config_digest=config.digest())
     check(config.kafka, config.collector)
+    cores.forbid()
     server = made.server()
     log.info("the proxy serves", host=proxy.host, port=proxy.port, upstream=proxy.upstream, kind=proxy.kind)
+    # uvicorn stops at SIGTERM and then raises it once more, for whoever had a handler: the stop was all we wanted.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
     if not server.started:
         sys.exit(3)

@@ -94,6 +94,7 @@ class Switch:
         return Judgement(0.9 if bad else 0.1, "switch" if bad else "", bad)
 
 
+UPSTREAM_KEY = "upstream-secret"
 INPUT = frozenset({"input", "tool", "retrieved"})
 BOTH = INPUT | {"output"}
 
@@ -102,7 +103,13 @@ class Front:
     """One proxy before `upstream`, its events and its guard."""
 
     def __init__(
-        self, upstream: str, *, stages: frozenset[Any] = INPUT, gate: GateConfig | None = None, **settings: Any
+        self,
+        upstream: str,
+        *,
+        stages: frozenset[Any] = INPUT,
+        gate: GateConfig | None = None,
+        secret: str = UPSTREAM_KEY,
+        **settings: Any,
     ) -> None:
         self.publisher, self.guard = Recorder(), Switch(stages)
         self.key, key_id, table = new_api_key(user="alice")
@@ -117,7 +124,7 @@ class Front:
             gate or GateConfig(),
             model_version="proxy@test",
         )
-        self.site = Site(lambda: auditor, ProxyConfig(upstream=upstream, port=0, **settings), secret="upstream-secret")
+        self.site = Site(lambda: auditor, ProxyConfig(upstream=upstream, port=0, **settings), secret=secret)
         self.url = ""
         self.clients: list[Any] = []
         """To be closed at the end."""
