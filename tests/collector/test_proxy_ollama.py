@@ -253,3 +253,16 @@ def test_a_good_answer_passes_a_guard_on_answers(upstream: tuple[Ollama, str]) -
         parts = list(client(front).chat("tiny", [{"role": "user", "content": "a b"}], stream=True))
         assert [part.message.content for part in parts] == ["a ", "b ", ""]
         assert front.guard.saw[-2:] == [("input", "a b"), ("output", "a b ")]
+
+
+@pytest.mark.parametrize("policy", ["deny", "allow"])
+def test_images_go_by_the_tenants_policy(upstream: tuple[Ollama, str], policy: Any) -> None:
+    """Refused with a rejection, or passed with their number and size in the event."""
+    with fronting(upstream[1], kind="ollama", gate=GateConfig(media=policy)) as front:
+        image = "iVBORw0KGgo="
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "what", "images": [image]}], "stream": False}
+        answer = httpx.post(f"{front.url}/api/chat", json=body, headers=front.headers)
+        assert answer.status_code == (200 if policy == "allow" else 403)
+        (event,) = front.events
+        assert [media.kind for media in event.media] == ["image"]
+        assert front.guard.saw.count(("input", image)) == 0

@@ -40,7 +40,7 @@ class Process:
             f'data_dir = "{folder}"\n[kafka]\nbootstrap_servers = "{bootstrap}"\n'
             f'topic_prefix = "{self.kafka.topic_prefix}"\n[collector]\ncollector_id = "proxy-1"\n'
             f'[collector.identity]\nkey_dir = "{folder}/keys"\napi_keys_file = "{folder}/api-keys.toml"\n'
-            f'[collector.journal]\ndir = "{folder}/journal"\n'
+            f'[collector.journal]\ndir = "{folder}/journal"\n[collector.gate]\nmedia = "allow"\n'
         )
         self.upstream = upstream
         self.start()
@@ -55,7 +55,7 @@ class Process:
         command += ["--config", str(self.folder / "inferwatch.toml"), "--upstream", self.upstream, "--port", str(port)]
         with (self.folder / "proxy.log").open("ab") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        end_s = time.monotonic() + 60
+        end_s = time.monotonic() + 240
         while time.monotonic() < end_s and self.process.poll() is None:
             try:
                 httpx.get(f"{self.url}/health", timeout=2).raise_for_status()
