@@ -5,12 +5,12 @@ Guarantee: in no 60 s more than the limit. Time is counted in slots of 5 s, so a
 after 60 to 65 s. Tokens are counted when an answer ends: what is in flight when the limit is met may go over it, so
 `tokens_per_minute` wants `concurrent` beside it. Each server process counts for itself, and from nothing at its start.
 
-Pure: the monotonic clock is an argument. Memory: one meter of about 1 KB for each key that has a limit and asked in the
-last 65 s, at most `keys_max`; where all are in use, a further key is refused.
+Pure: the monotonic clock is an argument. Memory: one meter of 0.5 to 2.5 KB for each key that has a limit and asked in
+the last 65 s, at most `keys_max`; where all are in use, a further key is refused.
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from itertools import islice
 from math import ceil
 from typing import Annotated, Final
@@ -59,7 +59,7 @@ class Window:
     __slots__ = ("_slots", "total")
 
     def __init__(self) -> None:
-        self._slots: deque[list[int]] = deque()
+        self._slots: list[list[int]] = []
         self.total = 0
 
     def add(self, count: int, now_s: float) -> None:
@@ -76,7 +76,7 @@ class Window:
         """Forget what is 60 s past."""
         first = int(now_s // SLOT_S) - SLOTS
         while self._slots and self._slots[0][0] < first:
-            self.total -= self._slots.popleft()[1]
+            self.total -= self._slots.pop(0)[1]
 
     def free_in_s(self, limit: int, now_s: float) -> int:
         """Whole seconds until less than `limit` is counted; at least 1."""

@@ -140,9 +140,10 @@ def _secret(headers: Mapping[bytes, bytes]) -> bytes:
 
     One space after `Bearer`, then visible ASCII without a comma: two headers that a proxy joined are not one key.
     """
-    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    # Blanks round a field's value are not part of it (RFC 9110, 5.5), but not every server takes them off.
+    scheme, _, bearer = headers.get(b"authorization", b"").strip(b" \t").partition(b" ")
     bearer = bearer if scheme.lower() == b"bearer" else b""
-    other = headers.get(b"x-api-key", b"")
+    other = headers.get(b"x-api-key", b"").strip(b" \t")
     if any(secret and not _SECRET.fullmatch(secret) for secret in (bearer, other)):
         raise Refusal(400, "malformed_key", "The API key has characters that no key has.")
     if bearer and other and not hmac.compare_digest(bearer, other):
