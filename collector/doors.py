@@ -58,7 +58,7 @@ class Watched(Generic[T]):
         try:
             value, named = self._load(), ""
             named = _named(self._path, value)
-        except (KeyProblem, OSError) as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever is in the file, the other files are still looked at
             self._seen = seen
             _tell("a changed file can't be used, what was read before stays in force", problem)
             return before, "refused"

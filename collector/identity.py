@@ -324,7 +324,7 @@ def read_key_tables(path: Path) -> dict[str, object]:
         raise KeyProblem(f"{path}: no such file of API keys; `inferwatch keys api` makes one") from None
     except OSError as error:
         raise KeyProblem(f"{path}: the file of API keys can't be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError):
         raise KeyProblem(f"{path}: the file of API keys is not valid TOML") from None
     if shared:
         raise KeyProblem(f"{path}: other users can write to this file of API keys; run chmod go-w {path}")

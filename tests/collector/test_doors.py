@@ -157,7 +157,7 @@ async def test_a_key_is_not_good_before_its_time(site: Site) -> None:
     assert site.refused == [("early_key", 401)]
 
 
-@pytest.mark.parametrize("text", ["[broken", f"[k]\nsha256 = '{CANARY}'\nuser = 'x'\n", None])
+@pytest.mark.parametrize("text", ["[broken", "k = " + "[" * 100_000, f"[k]\nsha256 = '{CANARY}'\nuser = 'x'\n", None])
 async def test_a_broken_file_keeps_the_keys_it_had_and_says_so_once(
     site: Site, text: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
