@@ -31,13 +31,13 @@ async def selftest(engine: Any, auditor: Auditor, *, timeout_s: float = 300) -> 
     """Send the request. Raises SelfTestFailed with one sentence; the server must not open then."""
     counters, tally = auditor.publisher.counters, current.tally
     events, finished, unaudited = counters.events, tally.finished, tally.unaudited
-    at_hand = Exchange(uuid7(), auditor.caller(auditor.gate.tenant), route=OPERATION, operation=OPERATION)
+    at_hand = Exchange("", auditor.caller(auditor.gate.tenant), route=OPERATION, operation=OPERATION)
     at_hand.started_s = auditor.clock_s()
     failure = ""
     token = exchange.set(at_hand)
     try:
         async with asyncio.timeout(timeout_s):
-            async for _ in await _request(engine, at_hand.http_request_id):
+            async for _ in await _request(engine, f"{OPERATION}-{uuid7()}"):
                 pass
     except Exception as error:  # noqa: BLE001 - what counts is whether it has its event
         failure = type(error).__name__

@@ -1,11 +1,7 @@
 """`inferwatch serve` as a real process: killed, restarted, stopped. Nothing begun is lost."""
 
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,62 +13,12 @@ import httpx
 import pytest
 
 from collector.event import Goodbye, Hello, Rejection
-from tests.engine.conftest import FLAGS, MODEL, Site, make_site
+from tests.engine.conftest import MODEL, Site, make_site
+from tests.engine.serving import Process
 
-ROOT = Path(__file__).parent.parent.parent
 CANARY = "canaryq7x9"
 IN_FLIGHT = 6
 REQUEST_ID = re.compile(rb'"http_request_id":"([0-9a-f-]{36})"')
-
-
-class Process:
-    """One `inferwatch serve`, with the site's configuration."""
-
-    def __init__(self, site: Site, model: Path) -> None:
-        self.site = site
-        self.log = site.folder / "serve.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "inferwatch.cli", "serve", "--config", str(site.config_file), str(model)]
-        command += [*FLAGS, "--host", "127.0.0.1", "--port", str(self.port)]
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def wait_ready(self, timeout_s: float = 240) -> None:
-        """Returns when it answers /health; fails with the end of its log."""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        pytest.fail(f"the server did not start: {self.log.read_text(errors='replace')[-3000:]}")
-
-    def freeze_engine(self) -> None:
-        """SIGSTOP to the processes that compute: from here on no answer gets through, however fast the machine is."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert children, "the engine runs in the server's own process: it can't be stopped alone"
-        for child in children:
-            os.kill(int(child), signal.SIGSTOP)
-
-    def client(self) -> httpx.Client:
-        """HTTP with a good key."""
-        headers = {"authorization": f"Bearer {self.site.api_key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
-
-    def kill(self) -> None:
-        """SIGKILL to the server, its children with it."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
