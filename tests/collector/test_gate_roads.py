@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from collector.audit import Auditor
+from collector.audit import Auditor, Blocked, EngineRequest
+from collector.event import Media
 from collector.gate import Gate, _tell_unknown_routes
 from collector.guards.protocol import Judgement
 from collector.media import Item
@@ -211,3 +212,28 @@ async def test_the_gate_opens_only_after_its_self_test(site: Site) -> None:
     assert told == [{"type": "lifespan.startup.failed", "message": "inferwatch: the self-test made no event"}]
     assert (await site.send("POST", CHAT, json=BODY)).status_code == 503
     assert site.app.bodies == []
+
+
+SEEN = Media(kind="image", source="engine", digest="9f" * 32)
+
+
+@pytest.mark.parametrize("policy", ["deny", "guard", "allow"])
+def test_media_that_no_gate_saw_are_refused_by_the_wrapper_unless_allowed(policy: Any) -> None:
+    """The engine was handed a picture and no gate asked for it: blocked, or allowed with a keyed digest."""
+    site = Site(GateConfig(media=policy))
+    request = EngineRequest("generate", "look", media=(SEEN,))
+    if policy != "allow":
+        with pytest.raises(Blocked):
+            site.auditor.open(request)
+        return
+    audit = site.auditor.open(request)
+    (told,) = audit._known["media"]  # type: ignore[misc]  # a list, seen as any object
+    assert (told.kind, told.source, audit._known["media_count"]) == ("image", "engine", 1)
+    assert told.digest.startswith("hmac:")
+    assert SEEN.digest not in told.digest
+
+
+def test_an_adapter_that_may_not_answer_is_blocked_with_its_event(site: Site) -> None:
+    """Whatever road it came by."""
+    with pytest.raises(Blocked, match="blocked by policy"):
+        site.auditor.open(EngineRequest("generate", "hello", adapter_refused=True))
