@@ -7,7 +7,7 @@ and Ollama's `images`; what it does not know the engine plugin still sees as a p
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -34,6 +34,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "image_embeds": "embeds",
     "audio_embeds": "embeds",
 }
+_NAMES: Final = frozenset(KINDS)
 _WORDS: Final = frozenset({"image", "audio", "video", "videos", "file"})
 """Keys that other things are called by, too: a text under them is media only where it is an address."""
 _PAYLOADS: Final = ("url", "data", "image_url", "file_data", "file_url", "source", "b64_json")
@@ -59,28 +60,33 @@ class Item:
 
 
 def items(body: object) -> list[Item]:
-    """Everything in the body that is no text, wherever it stands. Raises `TooDeep`."""
-    return list(_items(body, 0))
+    """Everything in the body that is no text, wherever it stands. Raises `TooDeep`. About 1 µs an object in it."""
+    found: list[Item] = []
+    _search(body, 0, found)
+    return found
 
 
-def _items(value: object, depth: int) -> Iterator[Item]:
+def _search(value: object, depth: int, found: list[Item]) -> None:
     if depth > 2 * DEPTH_MAX:
         raise TooDeep
     if isinstance(value, list):
         for entry in value:
-            yield from _items(entry, depth + 1)
-    elif isinstance(value, dict):
-        carried = [key for key in value if key in KINDS and _carries(key, value[key])]
-        kind = KINDS.get(value["type"]) if isinstance(value.get("type"), str) else None
-        if kind is not None and not carried:
-            yield _item(kind, value)
-            return
-        for key in carried:
-            for entry in value[key] if isinstance(value[key], list) else [value[key]]:
-                yield _item(KINDS[key], entry)
-        for key, entry in value.items():
-            if key not in carried:
-                yield from _items(entry, depth + 1)
+            if isinstance(entry, dict | list):
+                _search(entry, depth + 1, found)
+        return
+    if not isinstance(value, dict):
+        return
+    named = not _NAMES.isdisjoint(value)
+    carried = sorted(key for key in _NAMES.intersection(value) if _carries(key, value[key])) if named else []
+    kind = value.get("type")
+    if not carried and isinstance(kind, str) and kind in KINDS:
+        found.append(_item(KINDS[kind], value))
+        return
+    for key in carried:
+        found += [_item(KINDS[key], entry) for entry in (value[key] if isinstance(value[key], list) else [value[key]])]
+    for key, entry in value.items():
+        if isinstance(entry, dict | list) and key not in carried:
+            _search(entry, depth + 1, found)
 
 
 def _carries(key: str, value: object) -> bool:
