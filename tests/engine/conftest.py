@@ -250,7 +250,7 @@ async def _boot(model: Path) -> tuple[Any, Any, Any, Any, int]:
 
     adapter = write_tiny_adapter(model.parent / ADAPTER, model)
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={adapter}"]
-    line = vllm_arguments(["--model", str(model), *FLAGS, *lora], {})
+    line = vllm_arguments(["--model", str(model), *FLAGS, *lora, "--enable-scale-out"], {})
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
     validate_parsed_serve_args(args)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
