@@ -17,12 +17,12 @@ from msgspec.structs import replace
 from collector.answers import Answer
 from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
-from collector.event import Adapter, Decision, GuardResult, Media, Stage, Status
+from collector.event import Adapter, GuardResult, Media, Stage, Status
 from collector.guards.protocol import MediaGuard
 from collector.guards.stack import GuardStack
 from collector.identity import Pseudonyms
 from collector.limits import Lease
-from collector.media import Item, listed
+from collector.media import Item, listed, verdict_on
 from collector.prompt import PromptView, rendered_view
 from collector.publisher import Publisher, Ticket
 from collector.reconcile import Tally
@@ -268,7 +268,7 @@ class Auditor:
             return told, [], not found or policy == "allow"
         if self._media_guard is None:
             return told, [], False
-        verdict = judged(self._media_guard, found)
+        verdict = verdict_on(found, self._media_guard)
         self.count_errors([verdict])
         return told, [verdict], verdict.decision == "allow"
 
@@ -309,8 +309,9 @@ class Auditor:
             return "guard"
         if request.adapter_refused:
             return "adapter"
-        if request.media and not (at_hand is not None and at_hand.media) and self.gate.media_policy(tenant) != "allow":
-            return "media"  # no gate has seen it and asked for it
+        seen = 0 if at_hand is None else len(at_hand.media)
+        if len(request.media) > seen and self.gate.media_policy(tenant) != "allow":
+            return "media"  # no gate has seen all of it and asked for it
         if request.text is None and self.stages - {"output"}:
             return "unreadable"
         return ""
@@ -378,28 +379,6 @@ class Auditor:
         except Exception as error:  # noqa: BLE001 - as above
             raise _unaudited("a rejection can't be written to the journal", error) from None
         at_hand.rejected = True
-
-
-def judged(guard: MediaGuard, found: Sequence[Item]) -> GuardResult:
-    """A media guard's verdict on all items, the worst; whatever it raises is the verdict `error`, which blocks."""
-    began_s = time.perf_counter()
-    try:
-        judgements = [guard.judge(item) for item in found]
-        worst = max(judgements, key=lambda each: (each.block, each.score))
-        decision: Decision = "block" if worst.block else "allow"
-        score, label, error = min(1.0, max(0.0, worst.score)), worst.label, ""
-    except Exception as failure:  # noqa: BLE001 - a broken guard must not let anything in
-        decision, score, label, error = "error", 0.0, "", type(failure).__name__
-    return GuardResult(
-        guard=guard.name,
-        version=guard.version,
-        stage="input",
-        decision=decision,
-        score=score,
-        label=label[:256],
-        latency_ms=(time.perf_counter() - began_s) * 1000,
-        error=error[:256],
-    )
 
 
 def _unaudited(what: str, error: Exception) -> Unaudited:

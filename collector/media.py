@@ -1,17 +1,20 @@
 """Images, sound and films in a request's body: how many, how large, which. Their content is not for text guards.
 
-Pure: a parsed body in, items out. Knows the shapes of OpenAI's chat and responses, Anthropic's messages, Cohere's embed
-and Ollama's `images`; what it does not know the engine plugin still sees as a prompt with media in it.
+A parsed body in, items out, and the image guard's verdict on them. Knows the shapes of OpenAI's chat and responses,
+Anthropic's messages, Cohere's embed and Ollama's `images`; what it does not know the engine plugin still sees as a
+prompt with media in it.
 """
 
 import base64
 import binascii
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from collector.event import Media
+from collector.event import Decision, GuardResult, Media
+from collector.guards.protocol import MediaGuard
 from collector.prompt import DEPTH_MAX, TooDeep
 
 Kind = Literal["image", "audio", "video", "file", "embeds"]
@@ -124,3 +127,25 @@ def _item(kind: Kind, value: object) -> Item:
 def listed(found: Sequence[Media]) -> dict[str, object]:
     """As fields of an event."""
     return {"media": list(found[:MEDIA_MAX]), "media_count": len(found)} if found else {}
+
+
+def verdict_on(found: Sequence[Item], guard: MediaGuard) -> GuardResult:
+    """A media guard's verdict on all items, the worst; whatever it raises is the verdict `error`, which blocks."""
+    began_s = time.perf_counter()
+    try:
+        judgements = [guard.judge(item) for item in found]
+        worst = max(judgements, key=lambda each: (each.block, each.score))
+        decision: Decision = "block" if worst.block else "allow"
+        score, label, error = min(1.0, max(0.0, worst.score)), worst.label, ""
+    except Exception as failure:  # noqa: BLE001 - a broken guard must not let anything in
+        decision, score, label, error = "error", 0.0, "", type(failure).__name__
+    return GuardResult(
+        guard=guard.name,
+        version=guard.version,
+        stage="input",
+        decision=decision,
+        score=score,
+        label=label[:256],
+        latency_ms=(time.perf_counter() - began_s) * 1000,
+        error=error[:256],
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from collector.audit import Auditor, Blocked, EngineRequest
+from collector.context import Exchange, exchange
 from collector.event import Media
 from collector.gate import Gate, _tell_unknown_routes
 from collector.guards.protocol import Judgement
@@ -237,3 +238,15 @@ def test_an_adapter_that_may_not_answer_is_blocked_with_its_event(site: Site) ->
     """Whatever road it came by."""
     with pytest.raises(Blocked, match="blocked by policy"):
         site.auditor.open(EngineRequest("generate", "hello", adapter_refused=True))
+
+
+async def test_a_decoy_that_the_gate_saw_does_not_let_a_second_picture_in() -> None:
+    """One image in the body was judged; the engine was handed two."""
+    site = Site(GateConfig(media="guard"))
+    token = exchange.set(Exchange("r", site.auditor.caller("default"), media=[SEEN]))
+    try:
+        site.auditor.open(EngineRequest("generate", "look", media=(SEEN,)))
+        with pytest.raises(Blocked):
+            site.auditor.open(EngineRequest("generate", "look", media=(SEEN, SEEN)))
+    finally:
+        exchange.reset(token)
