@@ -68,29 +68,27 @@ class BlockRateOne(StageOne):
             ],
             bool,
         )
-        cells = Groups(np.arange(len(trial)), chunk.step[trial], columns.kind[trial], guard)
-        at = Groups(trial[cells.rows], cells.group)
-        of = np.empty(len(trial), np.int64)
-        of[cells.rows] = cells.group
+        cells = Groups(trial, chunk.step[trial], columns.kind[trial], guard)
+        of = cells.numbers()
+        guards = np.empty(len(cells), np.int64)
+        guards[of] = guard
         sums = _sums(cells, of, blocks, distinct, fresh)
         counted = set(blocks[distinct].tolist())
-        again = _grouped(of, np.flatnonzero(np.isin(trial, list(later)))) if later else {}
-        guards = cells.firsts(guard)
+        members = _grouped(of, blocks)
+        heard = np.zeros(len(chunk), bool)
+        heard[list(later)] = True
+        again = _grouped(of, np.flatnonzero(heard[trial])) if later else {}
         told: list[Partial | Signal] = []
-        for number, place in enumerate(at.places(chunk, NAME)):
+        for number, place in enumerate(cells.places(chunk, NAME)):
             counts = {name: values[number] for name, values in sums.items() if values[number]}
-            key = f"{place.model}\n{columns.guards[guards[number]]}"
+            key = f"{place.model}\n{columns.guards[int(guards[number])]}"
             weights: dict[str, dict[str, int]] = {}
             if number in again:
                 totals = {chunk.actor(int(trial[index])): later[int(trial[index])] for index in again[number]}
                 weights["later"] = first(totals, self._contributors_max)
-            if "blocks" not in counts:
-                told.append(place.partial(key, counts=counts, weights=weights))
-                continue
-            members = [index for index in cells.members(number) if blocked[index]]
-            told.append(
-                self._with_blocks(chunk, place.partial(key, counts=counts, weights=weights), members, counted, asked)
-            )
+            partial = place.partial(key, counts=counts, weights=weights)
+            mine = members.get(number)
+            told.append(partial if mine is None else self._with_blocks(chunk, partial, mine, counted, asked))
         return told
 
     def _with_blocks(
@@ -122,28 +120,32 @@ class BlockRateOne(StageOne):
         last_s = self._last_s.values
         last = last_s[entity, slots].astype(np.int64)
         fresh: Flags = (entity < 0) | (last == 0) | (second - last >= self._config.fresh_s)
-        again = np.isin(entity, entity[blocked & (entity >= 0)]) if blocked.any() else blocked
-        before = -1
-        blocks: list[tuple[int, int]] = []
-        for index in np.flatnonzero(again).tolist():
-            event, row, slot = int(trial[index]), int(entity[index]), int(slots[index])
+        again = np.flatnonzero(np.isin(entity, entity[blocked & (entity >= 0)])) if blocked.any() else trial[:0]
+        columns = (trial[again], entity[again], slots[again], second[again], blocked[again])
+        known: dict[tuple[int, int], int] = {}
+        kept: dict[tuple[int, int], int] = {}
+        waiting: dict[tuple[int, int], int] = {}
+        """The blocks of one event, which count from the next event on, whatever the order of its guards."""
+        told, before = [], -1
+        for event, row, slot, now, block in zip(*(column.tolist() for column in columns), strict=True):
+            place = row, slot
             if event != before:
-                self._keep(blocks, chunk, before)
                 before = event
-            since = int(last_s[row, slot])
-            fresh[index] = since == 0 or int(second[index]) - since >= self._config.fresh_s
-            if blocked[index]:
-                blocks.append((row, slot))
-        self._keep(blocks, chunk, before)
+                if waiting:
+                    known |= waiting
+                    kept |= waiting
+                    waiting = {}
+            since = known.get(place)
+            if since is None:
+                since = known[place] = int(last_s[place])
+            told.append(since == 0 or now - since >= self._config.fresh_s)
+            if block:
+                waiting[place] = min(max(now, 1), 2**32 - 1)
+        fresh[again] = told
+        for place, now in (kept | waiting).items():
+            last_s[place] = now
+            self._registry.suspect(place[0], now + self._config.distinct_s)
         return fresh
-
-    def _keep(self, blocks: list[tuple[int, int]], chunk: Chunk, event: int) -> None:
-        """The blocks of one event count from the next event on, whatever the order of its guards."""
-        for row, slot in blocks:
-            second = int(chunk.second[event])
-            self._last_s.values[row, slot] = min(max(second, 1), 2**32 - 1)
-            self._registry.suspect(row, second + self._config.distinct_s)
-        blocks.clear()
 
     def _new_prompt(self, chunk: Chunk, row: int, guard: str) -> bool:
         """Whether a blocked prompt counts: one that the user was not blocked for before, within a limit."""

@@ -133,6 +133,12 @@ class Groups:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def numbers(self) -> Ints:
+        """The group of each row, in the order in which the rows were given."""
+        numbers = np.empty(len(self.rows), np.int64)
+        numbers[self._order] = self.group
+        return numbers
+
     def firsts(self, values: Ints) -> list[int]:
         """The value of each group, of values that are the same within it; `values` are of the chunk."""
         return list(values[self.rows[self.starts]].tolist())

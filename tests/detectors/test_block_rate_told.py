@@ -9,7 +9,7 @@ import pytest
 from collector.event import AuditEvent
 from detectors.block_rate_asked import LATER, TIMES, Asked, Asking
 from detectors.block_rate_charts import Chart
-from detectors.block_rate_told import Blocks, Spike, asked_since, by_few, heard_later
+from detectors.block_rate_told import Announced, Blocks, Spike, asked_since, by_few, change_of, heard_later
 from detectors.chunk import Chunk
 from detectors.registry import Registry
 from tests.detectors.test_contract import seconds
@@ -87,6 +87,19 @@ def test_three_who_are_blocked_at_most_requests_are_few_and_a_small_crowd_is_not
         attack[place] = (f"u_attacker{number % 3}", number % 3 != number // 6)
     assert not by_few(*spike(crowd))
     assert by_few(*spike(attack))
+
+
+@pytest.mark.parametrize("subject", ["guard", "model", "adapter", "template"])
+def test_the_last_change_within_an_hour_before_a_spike_is_named_and_no_other(subject: str) -> None:
+    """Whatever changed: from an hour before the first block to the alarm."""
+    old, new = Announced(1_000, "guard", "a", "b"), Announced(2_000, subject, "one", "two")
+    named = f", after a change of {subject} from one to two: suspect the rollout"
+    assert change_of([old, new], 5_000, 5_060, 3_600) == named
+    assert change_of([new], 5_601, 5_660, 3_600) == ""
+    assert change_of([new], 1_900, 1_999, 3_600) == ""
+    assert change_of([msgspec.structs.replace(new, before="")], 2_000, 2_000, 3_600) == (
+        f", after a change of {subject}: suspect the rollout"
+    )
 
 
 def test_users_whose_requests_are_not_known_are_no_few() -> None:
