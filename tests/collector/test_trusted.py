@@ -11,6 +11,7 @@ import pytest
 from collector.doors import open_identity
 from collector.identity import KeyProblem
 from collector.identity_config import ProxyConfig
+from collector.trusted import TrustedProxy
 from tests.collector.doors import Site, ask, make_site, port_of, send_raw, serving
 from tests.collector.gating import BODY, CHAT
 
@@ -95,6 +96,19 @@ async def test_its_place_counts_as_well_as_its_secret(tmp_path: Path) -> None:
     async with serving(site, forwarded_allow_ips="") as server:
         assert await send_raw(port_of(server), *lines, b"X-Forwarded-For: 192.0.2.1") == 401
     assert site.refused == [("untrusted_headers", 401)] * 2
+
+
+@pytest.mark.parametrize(
+    ("client", "near"),
+    [
+        (("127.0.0.1", 1), True), (("127.9.9.9", 1), True), (("::1", 1), True), (("::ffff:127.0.0.1", 1), True),
+        (("::ffff:192.0.2.1", 1), False), (("192.0.2.1", 1), False), (("fe80::1%eth0", 1), False),
+        (("127.0.0.1.example", 1), False), (("localhost", 1), False), (("", 1), False), (None, False),
+    ],
+)  # fmt: skip
+def test_a_place_is_an_address_in_one_of_its_networks(tmp_path: Path, client: Any, near: bool) -> None:
+    """However it is written; names are nobody's, and no address is no place."""
+    assert TrustedProxy(ProxyConfig(secret_file=tmp_path), SECRET.encode())._from_proxy(client) is near
 
 
 async def test_an_address_claimed_by_header_does_not_replace_the_secret(site: Site) -> None:
