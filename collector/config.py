@@ -50,6 +50,20 @@ class PublisherConfig(BaseModel):
     status_ms: int = Field(10_000, ge=100, description="How often the health record is written to the status topic")
 
 
+class EvidenceConfig(BaseModel):
+    """`[collector.evidence]`: how the chain of events is signed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    signing_key_file: Path | None = Field(
+        None, description="Key that signs checkpoints, made by `inferwatch keys signing`; none: chained, not signed"
+    )
+    checkpoint_ms: int = Field(10_000, ge=100, le=600_000, description="A checkpoint at least this often")
+    checkpoint_records: int = Field(
+        4096, ge=16, le=16_384, description="A checkpoint when a lane has so many records without one"
+    )
+
+
 def _host() -> str:
     return os.environ.get("HOSTNAME") or socket.gethostname() or "collector"
 
@@ -65,6 +79,7 @@ class CollectorConfig(BaseModel):
     identity: IdentityConfig = Field(IdentityConfig(), description="Keys, API keys and pseudonyms")
     journal: JournalConfig = Field(JournalConfig(), description="The journal on disk")
     publisher: PublisherConfig = Field(PublisherConfig(), description="Feeding Kafka from the journal")
+    evidence: EvidenceConfig = Field(EvidenceConfig(), description="Signing the chain of events")
     guards: GuardsConfig = Field(GuardsConfig(), description="Which guards judge, and how")
     gate: GateConfig = Field(GateConfig(), description="What passes the gate, and what becomes of blocked answers")
     proxy: ProxyConfig = Field(ProxyConfig(), description="The gate before a server that can't be wrapped from within")

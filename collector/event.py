@@ -34,6 +34,8 @@ Pseudonym = Annotated[str, Meta(max_length=64)]
 """A keyed digest, `PREFIX_HEX`: u_ user, s_ session, k_ API key, a_ address. Empty where the client gave nothing."""
 Digest = Annotated[str, Meta(max_length=80)]
 """`hmac:HEX` (HMAC-SHA-256 under the tenant's key) or `sha256:HEX`. Empty where there was nothing to hash."""
+Hash = Annotated[str, Meta(max_length=64)]
+"""A SHA-256 of the chain (`collector.chain`), 64 hexadecimal digits."""
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e10)]
 
@@ -99,6 +101,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, ta
     collector_id: Name
     boot: Name
     seq: Count
+    chain: Hash = ""
+    """The hash of the lane's record before: of the heartbeat before in a heartbeat, of the last other one elsewhere."""
 
 
 class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="inference"):
@@ -148,7 +152,6 @@ class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False
     view: Literal["messages", "rendered", ""] = ""
     """Whether the gate saw messages, or only the rendered prompt was at hand."""
     key_epoch: Name = ""
-    chain: Digest = ""
     trace_id: Annotated[str, Meta(max_length=32)] = ""
     """The W3C trace id that the client sent: where its spans and ours meet."""
     tokens_from: Literal["usage", "chunks", "shared", "unknown", ""] = ""
@@ -160,6 +163,14 @@ class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     """A request refused before the engine saw it: `status` is `rejected`, `reason` and `http_status` say why."""
 
 
+class Ended(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """A boot that ended before this one began: what its last checkpoint signed, so that it can't vanish whole."""
+
+    boot: Name
+    root: Hash
+    at_us: Count
+
+
 class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="hello"):
     """Opens a lane."""
 
@@ -168,6 +179,8 @@ class Hello(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag
     config_digest: Digest = ""
     clock_offset_ms: float = 0.0
     """The collector's clock minus the broker's append time, measured before the lanes were opened."""
+    ended: Annotated[list[Ended], Meta(max_length=64)] = []
+    """Boots of the same journal folder that ended and that no hello has named yet."""
 
 
 class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="heartbeat"):
@@ -194,12 +207,40 @@ class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, t
 
 
 class Checkpoint(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="checkpoint"):
-    """Signs the heads of all lanes of one boot."""
+    """Signs where all lanes of one boot stand; each lane gets a copy with its own part (`collector.chain`)."""
 
-    heads: Annotated[dict[Name, Digest], Meta(max_length=4096)] = {}
-    root: Digest = ""
-    signature: Name = ""
+    number: Count
+    """Of this boot, from 1."""
+    at_us: Count
+    final: bool = False
+    """The boot ends: only goodbyes follow."""
+    first: Count = 0
+    """The part covers the lane's records from this `seq` …"""
+    next: Count = 0
+    """… to before this one."""
+    records: Count = 0
+    """How many of them are no heartbeats: the leaves of `tree`, in order."""
+    beats: Count = 0
+    head: Hash = ""
+    """The hash of the last of them that is no heartbeat."""
+    beat_head: Hash = ""
+    tree: Hash = ""
+    """Merkle root over their hashes."""
+    hints: Annotated[str, Meta(max_length=131_072)] = ""
+    """The first 4 bytes of each of these hashes, base64: which record was changed can be told even if all later ones
+    were hashed anew."""
+    lane: Count = 0
+    """The part's place among `lanes`, which are in order of partition."""
+    lanes: Count = 0
+    path: Annotated[list[Hash], Meta(max_length=32)] = []
+    """From the part to `root`."""
+    root: Hash = ""
+    previous: Hash = ""
+    """The root of the boot's checkpoint before."""
     key_id: Name = ""
+    """Of the signing key; empty where there is none."""
+    signature: Name = ""
+    """Ed25519, hexadecimal."""
 
 
 class Tick(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="tick"):
@@ -213,6 +254,10 @@ class Change(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, ta
     subject: Name
     before: Name = ""
     after: Name = ""
+    public_key: Name = ""
+    """Of a new signing key, hexadecimal; with it the signatures of the key before and of the new one."""
+    signed_before: Name = ""
+    signed_after: Name = ""
 
 
 class Integrity(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="integrity"):
@@ -221,6 +266,8 @@ class Integrity(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False,
     tenant: Name = ""
     problem: Name
     subject_id: Annotated[str, Meta(max_length=36)] = ""
+    subject_hash: Hash = ""
+    """The hash of the record whose place this one takes, where the chain goes on from that."""
     size_bytes: Count = 0
 
 

@@ -14,7 +14,8 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from collector.config import JournalConfig, PublisherConfig
+from collector.checkpoints import ENDED_MAX, Checkpoints, ended_boots, forget
+from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
 from collector.event import Heartbeat, Hello, Integrity, from_timestamp_us
 from collector.journal import Journal, JournalFull
 from collector.kafka import (
@@ -29,6 +30,7 @@ from collector.kafka import (
 from collector.lanes import Book
 from collector.recovery import recover
 from collector.sender import Sender, Tail, drop_producer
+from collector.signing import Signer, SigningKeyProblem
 from collector.tickets import Closed, Counters, Meta
 
 log = structlog.get_logger(__name__)
@@ -50,6 +52,7 @@ class Feeder:
         kafka: KafkaConfig,
         config: PublisherConfig,
         journal: JournalConfig,
+        evidence: EvidenceConfig,
         *,
         meta: Meta,
         boot: str,
@@ -58,13 +61,14 @@ class Feeder:
         clock_us: Callable[[], int],
     ) -> None:
         self.partitions = 0
-        self._kafka, self._config, self._journal_config = kafka, config, journal
+        self._kafka, self._config, self._journal_config, self._evidence = kafka, config, journal, evidence
         self._meta, self._boot, self._config_digest = meta, boot, config_digest
         self._counters, self._clock_us = counters, clock_us
         self._topic = kafka.topic("events")
         self._sender = Sender(self._connect, self._topic, config)
         self._book: Book | None = None
         self._tail: Tail | None = None
+        self.checkpoints: Checkpoints | None = None
         self._trouble = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
@@ -75,8 +79,12 @@ class Feeder:
     async def open(self) -> Book:
         """Compare clocks, settle dead boots, open all lanes; returns when Kafka has every hello.
 
-        Raises BrokerAway, TopicMismatch, ClockApart, JournalBusy, JournalFull, OSError.
+        Raises BrokerAway, TopicMismatch, ClockApart, JournalBusy, JournalFull, SigningKeyProblem, OSError.
         """
+        key_file = self._evidence.signing_key_file
+        signer = Signer.load(key_file) if key_file is not None else None
+        if signer is None:
+            log.warning("checkpoints are not signed: no signing_key_file in [collector.evidence]")
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         timeout_s = self._config.start_timeout_ms / 1000
         try:
@@ -88,15 +96,16 @@ class Feeder:
             raise self._away(f"did not answer within {timeout_s:g} s") from None
         except KafkaError as error:
             raise self._away(f"can't be used: {type(error).__name__}") from None
-        await recover(self._journal_config, self._sender, heir=self._meta, clock_us=self._clock_us)
+        await recover(self._journal_config, self._sender, heir=self._meta, clock_us=self._clock_us, signer=signer)
         journal = Journal(self._journal_config, self._boot)
         try:
-            return await self._open_lanes(journal, offset_ms, timeout_s)
+            return await self._open_lanes(journal, offset_ms, timeout_s, signer)
         except BaseException:
             journal.close()
             raise
 
-    async def _open_lanes(self, journal: Journal, offset_ms: float, timeout_s: float) -> Book:
+    async def _open_lanes(self, journal: Journal, offset_ms: float, timeout_s: float, signer: Signer | None) -> Book:
+        ended = ended_boots(self._journal_config.dir)[:ENDED_MAX]
         book = Book(
             journal,
             collector_id=self._meta.collector_id,
@@ -112,15 +121,21 @@ class Feeder:
                 inferwatch_version=version("inferwatch"),
                 config_digest=self._config_digest,
                 clock_offset_ms=offset_ms,
+                ended=ended,
             )
-        tail = Tail(book)
+        checkpoints = Checkpoints(book, signer)
+        if signer is not None and signer.before:
+            checkpoints.rotated(signer)
+        tail = Tail(book, before_release=checkpoints.make)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._sender.drain(tail)
         except TimeoutError:
             raise self._away(f"did not take the lanes' first records within {timeout_s:g} s") from None
+        if ended:
+            forget(self._journal_config.dir, ended)
         book.wake = self._wake_up
-        self._book, self._tail = book, tail
+        self._book, self._tail, self.checkpoints = book, tail, checkpoints
         return book
 
     def _away(self, what: str) -> BrokerAway:
@@ -160,10 +175,11 @@ class Feeder:
 
     async def run(self) -> None:
         """Feed until `finish` was called and Kafka has everything, or `give_up` was."""
-        if self._tail is None or self._book is None:
+        if self._tail is None or self._book is None or self.checkpoints is None:
             raise Closed("the lanes are not open")
         book, tail = self._book, self._tail
-        beside = [asyncio.create_task(work) for work in (self._beat(book, tail), self._tell(), self._sync(book))]
+        works = (self._beat(book, tail), self._tell(), self._sync(book), self._sign(self.checkpoints))
+        beside = [asyncio.create_task(work) for work in works]
         self._task = asyncio.create_task(self._feed(book, tail))
         try:
             await asyncio.wait([self._task])
@@ -275,6 +291,31 @@ class Feeder:
     @property
     def _unaudited(self) -> int:
         return self._counters.tally.unaudited if self._counters.tally is not None else 0
+
+    async def _sign(self, checkpoints: Checkpoints) -> None:
+        """A checkpoint every `checkpoint_ms`, and when a lane has many records without one; takes up a new key."""
+        loop, period_s = asyncio.get_running_loop(), self._evidence.checkpoint_ms / 1000
+        made_s = loop.time()
+        while True:
+            await asyncio.sleep(min(period_s, 0.05))
+            if loop.time() - made_s < period_s and checkpoints.pending() < self._evidence.checkpoint_records:
+                continue
+            made_s = loop.time()
+            try:
+                self._take_up_key(checkpoints)
+                checkpoints.make()
+            except (JournalFull, Closed, SigningKeyProblem) as error:
+                self._mishap(error)
+
+    def _take_up_key(self, checkpoints: Checkpoints) -> None:
+        """Sign with the key that now lies in the file, where that is another."""
+        file, known = self._evidence.signing_key_file, checkpoints.signer
+        if file is None or known is None:
+            return
+        signer = Signer.load(file)
+        if signer.key_id != known.key_id:
+            log.warning("the signing key was replaced", before=known.key_id, after=signer.key_id)
+            checkpoints.rotated(signer)
 
     async def _sync(self, book: Book) -> None:
         """fsync against loss of power, every `fsync_ms`, off this loop; the disk may take its time."""

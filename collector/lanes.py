@@ -1,6 +1,7 @@
 """The book of lanes: gives each record of one boot its time, lane and number, and writes it to the journal.
 
 Rules T1 to T3 of docs/time.md: timestamps never go back, a lane's `seq` has no holes, a silent lane gets heartbeats.
+Each record names the hash of the one before it (`collector.chain`).
 The publisher keeps a book for its own boot; recovery keeps one for a boot that died. Thread-safe, also against a
 finaliser that the garbage collector runs in the middle of it; the lock is held for µs, never while Kafka is waited for.
 """
@@ -18,7 +19,8 @@ import msgspec
 import structlog
 
 from collector import event as events
-from collector.event import AuditEvent, Goodbye, Heartbeat, Integrity, Rejection
+from collector.chain import LaneChain, origin
+from collector.event import AuditEvent, Checkpoint, Goodbye, Heartbeat, Integrity, Rejection
 from collector.journal import RESERVED_BYTES, Journal, JournalFull, Position, ack_body, lane_body
 from collector.tickets import UNENCODABLE, Closed, Counters, Meta, Ticket, begin_body
 
@@ -44,11 +46,13 @@ _encoder = msgspec.json.Encoder()
 AnyRecordT = TypeVar("AnyRecordT", bound=events.Record)
 
 
-class _Lane:
-    __slots__ = ("beat_end", "ended", "moved_s", "seq")
+class Lane(LaneChain):
+    """One lane of the book."""
 
-    def __init__(self, seq: int = 0) -> None:
-        self.seq = seq
+    __slots__ = ("beat_end", "ended", "moved_s")
+
+    def __init__(self, head: str) -> None:
+        super().__init__(head)
         self.moved_s = 0.0
         self.beat_end = Position(0, 0)
         """Where the last heartbeat ends in the journal."""
@@ -84,7 +88,7 @@ class Book:
         model_version: str,
         clock_us: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
-        seqs: Mapping[int, int] | None = None,
+        lanes: dict[int, Lane] | None = None,
         last_us: int = 0,
         counters: Counters | None = None,
     ) -> None:
@@ -95,8 +99,11 @@ class Book:
         """Called after a record was written."""
         self._model_version = model_version
         self._clock_us, self._monotonic, self._last_us = clock_us, monotonic, last_us
-        self._lanes = {partition: _Lane(seq) for partition, seq in (seqs or {}).items()}
-        self._section = _Section()
+        self.lanes = {} if lanes is None else lanes
+        """By partition. To be changed within `section` alone."""
+        self.signed: tuple[int, str] = (0, "")
+        """How many checkpoints there were, and the root of the last."""
+        self.section = _Section()
         self._closed = False
         self._drop_oldest = journal.drop_oldest
         journal.head = self._head
@@ -111,11 +118,11 @@ class Book:
 
     def lag(self, acked: Mapping[int, int]) -> int:
         """Records journalled and not acknowledged."""
-        return sum(lane.seq - acked.get(partition, 0) for partition, lane in list(self._lanes.items()))
+        return sum(lane.next - acked.get(partition, 0) for partition, lane in list(self.lanes.items()))
 
     def close(self) -> list[Ticket]:
         """No more begins; returns the requests that are still open."""
-        with self._section:
+        with self.section:
             self._closed = True
             return list(self.open.values())
 
@@ -124,7 +131,7 @@ class Book:
 
         The files are closed, else the parent's lock would outlive the parent.
         """
-        self._section, self._closed, self.open = _Section(), True, {}
+        self.section, self._closed, self.open = _Section(), True, {}
         self.journal.close()
 
     def begin(self, key: str, partition: int, known: Mapping[str, object]) -> Ticket:
@@ -137,7 +144,7 @@ class Book:
             raise ValueError(f"a key has at most {KEY_CHARS_MAX} characters")
         ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
         body = ticket.body = begin_body(ticket, key)
-        with self._section:
+        with self.section:
             if self._closed:
                 raise Closed("the publisher has stopped: no request may begin")
             if self._drop_oldest:
@@ -157,11 +164,11 @@ class Book:
         Raises JournalFull where the disk is full: the ticket stays open. An event that no reader would take (too large,
         a field out of bounds) is replaced by an integrity record in its place, and counted.
         """
-        if self._section.owner == threading.get_ident():
+        if self.section.owner == threading.get_ident():
             # A finaliser that the garbage collector ran inside our own section: its turn comes right after.
             self._deferred.append((ticket, shape, fields))
-            return self._event(ticket, shape, fields, self._last_us, self._lanes[ticket.partition].seq)
-        with self._section:
+            return self._event(ticket, shape, fields, self._last_us, self.lanes[ticket.partition])
+        with self.section:
             event = ticket.event or self._close(ticket, shape, fields)
         self.wake()
         while self._deferred:
@@ -175,9 +182,9 @@ class Book:
     def _close(self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any]) -> AuditEvent:
         if ticket.event_id not in self.open:
             raise Closed("the publisher is stopped: the request is in no journal that is open")
-        now_us, lane = self._now_us(), self._lanes[ticket.partition]
-        event = self._event(ticket, shape, fields, now_us, lane.seq)
-        self._write(ticket.partition, lane, ticket.key, self._sound(event, ticket, now_us, lane.seq))
+        now_us, lane = self._now_us(), self.lanes[ticket.partition]
+        event = self._event(ticket, shape, fields, now_us, lane)
+        self._write(ticket.partition, lane, ticket.key, self._sound(event, ticket, now_us, lane))
         ticket.event = event
         del self.open[ticket.event_id]
         if shape is Rejection:
@@ -187,15 +194,15 @@ class Book:
         return event
 
     def _event(
-        self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any], now_us: int, seq: int
+        self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any], now_us: int, lane: Lane
     ) -> AuditEvent:
         values: dict[str, Any] = {**_BLANK, "model_version": self._model_version, **ticket.known, **fields}
         if "latency_ms" not in values:
             values["latency_ms"] = min(_LATENCY_MS_MAX, max(0, now_us - ticket.started_us) / 1000)
-        values.update(self._stamp(now_us, seq, ticket.event_id))
+        values.update(self._stamp(now_us, lane, ticket.event_id))
         return shape(**values)
 
-    def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, seq: int) -> bytes:
+    def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, lane: Lane) -> bytes:
         """The event's bytes; an integrity record's where no reader would take them."""
         raw = b""
         try:
@@ -209,19 +216,20 @@ class Book:
             self.counters.invalid += 1
             problem = "event out of bounds"
         log.error("an audit event can't be sent as it is; an integrity record takes its place", problem=problem)
-        return events.encode(self._integrity(problem, now_us, seq, subject_id=event.event_id, size_bytes=len(raw)))
+        return events.encode(self._integrity(problem, now_us, lane, subject_id=event.event_id, size_bytes=len(raw)))
 
-    def _integrity(self, problem: str, now_us: int, seq: int, **fields: Any) -> Integrity:
-        return Integrity(problem=problem, **self._stamp(now_us, seq, events.uuid7()), **fields)
+    def _integrity(self, problem: str, now_us: int, lane: Lane, **fields: Any) -> Integrity:
+        return Integrity(problem=problem, **self._stamp(now_us, lane, events.uuid7()), **fields)
 
-    def _stamp(self, now_us: int, seq: int, event_id: str) -> dict[str, Any]:
+    def _stamp(self, now_us: int, lane: Lane, event_id: str) -> dict[str, Any]:
         return {
             "schema_version": events.SCHEMA_VERSION,
             "event_id": event_id,
             "timestamp": events.from_timestamp_us(now_us),
             "collector_id": self.collector_id,
             "boot": self.boot,
-            "seq": seq,
+            "seq": lane.next,
+            "chain": lane.head,
         }
 
     def control(self, partition: int, shape: type[AnyRecordT], key: bytes = b"", **fields: Any) -> AnyRecordT:
@@ -229,17 +237,26 @@ class Book:
 
         Raises JournalFull, and Closed after the lane's goodbye.
         """
-        with self._section:
-            lane = self._lanes.setdefault(partition, _Lane())
-            if lane.ended:
-                raise Closed("the lane has ended")
-            now_us = self._now_us()
-            record = shape(**self._stamp(now_us, lane.seq, events.uuid7()), **fields)
-            self._write(partition, lane, key, _encoder.encode(record))
-            if shape is Heartbeat:
-                lane.beat_end = self.journal.end
-            lane.ended = shape is Goodbye
+        with self.section:
+            record = self.put(partition, shape, key, fields)
         self.wake()
+        return record
+
+    def put(self, partition: int, shape: type[AnyRecordT], key: bytes, fields: dict[str, Any]) -> AnyRecordT:
+        """`control`, for whoever holds `section`."""
+        lane = self.lanes.get(partition)
+        if lane is None:
+            lane = self.lanes[partition] = Lane(origin(self.collector_id, self.boot, partition))
+        if lane.ended:
+            raise Closed("the lane has ended")
+        stamp = self._stamp(self._now_us(), lane, events.uuid7())
+        if shape is Heartbeat:
+            stamp["chain"] = lane.beat_head
+        record = shape(**stamp, **fields)
+        self._write(partition, lane, key, _encoder.encode(record), shape)
+        if shape is Heartbeat:
+            lane.beat_end = self.journal.end
+        lane.ended = shape is Goodbye
         return record
 
     def silent(self, silence_s: float, sent: Position) -> list[int]:
@@ -248,11 +265,11 @@ class Book:
         So while Kafka is away at most one heartbeat a lane waits in the journal.
         """
         limit = self._monotonic() - silence_s
-        return [p for p, lane in self._lanes.items() if lane.moved_s <= limit and lane.beat_end <= sent]
+        return [p for p, lane in self.lanes.items() if lane.moved_s <= limit and lane.beat_end <= sent]
 
     def mark(self, acked: dict[int, int]) -> None:
         """Journal that Kafka has these lanes up to here. It only saves sending again after a crash."""
-        with self._section:
+        with self.section:
             try:
                 self.journal.append(ack_body(acked))
             except JournalFull:
@@ -260,12 +277,12 @@ class Book:
 
     def release(self, before: Position) -> None:
         """Drop the segments before a place; requests begun there and still open are written again at the end."""
-        with self._section:
+        with self.section:
             self._release(before.segment)
 
     def sync(self) -> None:
         """fsync what was written so far; the lock is not held meanwhile. Raises OSError."""
-        with self._section:
+        with self.section:
             handles = self.journal.handles_to_sync()
         for handle in handles:
             try:
@@ -288,16 +305,21 @@ class Book:
             self._release(self.journal.first + 1)
 
     def _head(self) -> bytes:
-        seqs = {partition: lane.seq for partition, lane in self._lanes.items()}
-        return _encoder.encode(Meta(self.collector_id, self._model_version, seqs, self._last_us))
+        seqs = {partition: lane.next for partition, lane in self.lanes.items()}
+        heads = {partition: (lane.head, lane.beat_head) for partition, lane in self.lanes.items()}
+        meta = Meta(self.collector_id, self._model_version, seqs, self._last_us, heads, *self.signed)
+        return _encoder.encode(meta)
 
     def _now_us(self) -> int:
         self._last_us = max(self._clock_us(), self._last_us)
         return self._last_us
 
-    def _write(self, partition: int, lane: _Lane, key: bytes, raw: bytes) -> None:
-        self.journal.append(lane_body(partition, lane.seq, key, raw))
-        lane.seq += 1
+    def _write(
+        self, partition: int, lane: Lane, key: bytes, raw: bytes, shape: type[events.Record] = AuditEvent
+    ) -> None:
+        seq = lane.next
+        self.journal.append(lane_body(partition, seq, key, raw))
+        lane.add(raw, seq, beat=shape is Heartbeat, fresh=shape is not Checkpoint)
         lane.moved_s = self._monotonic()
 
 

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import structlog
 
-from collector.config import JournalConfig, PublisherConfig
+from collector.checkpoints import remember
+from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
 from collector.event import AuditEvent, Change, Goodbye, Rejection, uuid7
 from collector.feeder import ClockApart, Feeder
 from collector.journal import JournalFull
@@ -49,6 +50,7 @@ class Publisher:
         *,
         collector_id: str,
         model_version: str,
+        evidence: EvidenceConfig = EvidenceConfig(),  # noqa: B008  # immutable
         boot: str | None = None,
         config_digest: str = "",
         clock_us: Callable[[], int] = system_clock_us,
@@ -60,6 +62,7 @@ class Publisher:
             kafka,
             config,
             journal,
+            evidence,
             meta=Meta(collector_id, model_version),
             boot=self.boot,
             config_digest=config_digest,
@@ -72,8 +75,9 @@ class Publisher:
     def start(self) -> None:
         """Settle dead boots, compare clocks, open all lanes; returns when Kafka has every hello.
 
-        Raises BrokerAway, TopicMismatch, ClockApart, JournalBusy, JournalFull or OSError, each with one sentence, after
-        at most `start_timeout_ms`. Settling dead boots is not counted: it waits for Kafka as long as it must.
+        Raises BrokerAway, TopicMismatch, ClockApart, JournalBusy, JournalFull, SigningKeyProblem or OSError, each with
+        one sentence, after at most `start_timeout_ms`. Settling dead boots is not counted: it waits for Kafka as long
+        as it must.
         """
         opened: Future[Book] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="inferwatch-publisher", daemon=True)
@@ -123,14 +127,15 @@ class Publisher:
 
         Otherwise the rest stays in the journal for the next start. Afterwards `begin` raises Closed.
         """
-        book, thread = self._book, self._thread
-        if book is None or thread is None:
+        book, thread, checkpoints = self._book, self._thread, self._feeder.checkpoints
+        if book is None or thread is None or checkpoints is None:
             return False
         try:
             for ticket in book.close():
                 book.finish(ticket, AuditEvent, {"status": "aborted", "reason": "the collector stopped"})
             if self.counters.tally is not None:
                 self._feeder.beat(book, 0)
+            checkpoints.make(final=True)
             for partition in range(self._feeder.partitions):
                 book.control(partition, Goodbye)
         except JournalFull:
@@ -143,6 +148,7 @@ class Publisher:
         complete = self._feeder.complete
         try:
             if complete:
+                remember(book.journal.folder.parent, checkpoints.ended())
                 book.journal.destroy()
             else:
                 folder = str(book.journal.folder)

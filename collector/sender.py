@@ -15,9 +15,10 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from collector import event as events
+from collector.chain import record_hash
 from collector.config import PublisherConfig
 from collector.event import Integrity
-from collector.journal import RECORD, RECORD_HEAD, Entry, Position, Reader
+from collector.journal import RECORD, RECORD_HEAD, Entry, JournalFull, Position, Reader
 from collector.kafka import AIOKafkaProducer, KafkaError
 from collector.lanes import Book
 
@@ -43,8 +44,15 @@ class Round(NamedTuple):
 class Tail:
     """A journal as the sender reads it: what is not acknowledged, in rounds. For the sender's thread alone."""
 
-    def __init__(self, book: Book, acked: Mapping[int, int] | None = None) -> None:
-        self._book = book
+    def __init__(
+        self,
+        book: Book,
+        acked: Mapping[int, int] | None = None,
+        *,
+        before_release: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`before_release` is called when the journal is about to let go of a segment; JournalFull does not stop it."""
+        self._book, self._before_release = book, before_release
         self._reader = Reader(book.journal.folder, lambda: book.journal.end)
         self.acked = dict(acked or {})
         """The first seq of each lane that Kafka does not have."""
@@ -97,6 +105,8 @@ class Tail:
         moved = end.segment > self.position.segment
         self.position = end
         if moved:
+            with contextlib.suppress(JournalFull):
+                self._before_release()
             self._book.release(end)
 
 
@@ -116,8 +126,10 @@ def stand_in(raw: bytes) -> bytes:
             collector_id=record.collector_id,
             boot=record.boot,
             seq=record.seq,
+            chain=record.chain,
             problem="refused by Kafka",
             subject_id=record.event_id,
+            subject_hash=record_hash(raw).hex(),
             size_bytes=len(raw),
         )
     )

@@ -42,6 +42,7 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         config.journal,
         collector_id=config.collector_id,
         model_version=model.version,
+        evidence=config.evidence,
         config_digest=config_digest,
     )
     publisher.start()

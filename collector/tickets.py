@@ -90,6 +90,11 @@ class Meta(msgspec.Struct, frozen=True):
     """The next seq of each lane."""
     last_us: int = 0
     """The latest timestamp given."""
+    heads: dict[int, tuple[str, str]] = {}
+    """The chain's heads of each lane: of its records, of its heartbeats."""
+    checkpoints: int = 0
+    root: str = ""
+    """How many checkpoints there were, and what the last one signed."""
 
 
 def begin_body(ticket: Ticket, key: str) -> bytes:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from collector import event as events
+from collector.checkpoints import Checkpoints
 from collector.config import JournalConfig
 from collector.event import AnyRecord, Hello
 from collector.journal import RECORD, RECORD_HEAD, Journal, Reader
@@ -56,8 +57,8 @@ def recovered(folder: Path, clock: Clock) -> tuple[Estate, Book]:
         collector_id=estate.meta.collector_id,
         model_version=estate.meta.model_version,
         clock_us=clock,
-        seqs=estate.seqs,
+        lanes=estate.lanes,
         last_us=estate.last_us,
     )
-    close_estate(estate, book)
+    close_estate(estate, book, Checkpoints(book, None, number=estate.checkpoints, root=estate.root))
     return estate, book

@@ -64,7 +64,7 @@ def _records() -> list[bytes]:
         Hello(**common),  # type: ignore[arg-type]
         Heartbeat(**common, guard_errors={CANARY: 3}),  # type: ignore[arg-type]
         Change(**common, subject=CANARY),  # type: ignore[arg-type]
-        Checkpoint(**common, heads={CANARY: CANARY}),  # type: ignore[arg-type]
+        Checkpoint(**common, number=1, at_us=1, path=[CANARY]),  # type: ignore[arg-type]
     )
     return [encode(record) for record in (event, *others)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from collector import event as events
+from collector.chain import record_hash
 from collector.event import AuditEvent, BadEvent, Heartbeat, Hello, Integrity
 from collector.journal import JournalFull
 from collector.lanes import RECORD_BYTES_MAX, Book
@@ -22,6 +23,7 @@ def test_an_event_is_what_was_known_and_what_was_learnt(tmp_path: Path) -> None:
     """Fields at finish go over those at begin; time, lane and number come from the book; the second finish is free."""
     clock = Clock()
     book = open_book(tmp_path, clock)
+    hello = events.encode(written(book.journal)[1][2])
     ticket = book.begin("u_1", 1, {**KNOWN, "route": "/a", "max_tokens": 8})
     clock.us += 2500
     event = book.finish(ticket, AuditEvent, {"status": "ok", "response_tokens": 3, "route": "/b"})
@@ -32,6 +34,7 @@ def test_an_event_is_what_was_known_and_what_was_learnt(tmp_path: Path) -> None:
         collector_id="host-1",
         boot="boot-1",
         seq=1,
+        chain=record_hash(hello).hex(),
         tenant="default",
         session_id="",
         user_id="u_" + "1" * 32,

@@ -1,0 +1,234 @@
+"""Verifies a log of records against its chain and its checkpoints, offline: what was changed, removed, added or moved.
+
+Feed every record of a partition in the log's order; nothing else is needed but the public keys that are trusted. The
+fast way through compares bytes: where a record's lane, number and link are what they must be, it is hashed and that is
+all. What happens otherwise is for `collector.lane_check`.
+
+Memory: a lane's records since its last checkpoint, some 400 bytes each, and 128 KiB a lane for repeats.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal, TypeAlias
+
+import msgspec
+
+from collector.chain import record_hash
+from collector.event import (
+    BadEvent,
+    Change,
+    Checkpoint,
+    Goodbye,
+    Hello,
+    Integrity,
+    decode,
+    timestamp_us,
+)
+from collector.lane_check import LaneCheck, Problem, Proof, Seen, stamp_of
+from collector.trust import NEVER, TrustedKeys
+
+SILENCE_MAX_US: Final = 180_000_000
+"""A live lane is told a checkpoint at least once a minute; one so far behind its boot was cut."""
+Verdict: TypeAlias = Literal["sound", "unproven", "broken"]
+_PLAIN: Final = frozenset((b"inf", b"rej"))
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a log is worth. `problems` in order of partition and place; the first of each lane is the one to trust."""
+
+    verdict: Verdict
+    records: int
+    repeats: int
+    """Records sent again, byte for byte: no harm."""
+    lanes: int
+    boots: int
+    checkpoints: dict[str, int]
+    """How many, by what their signature is worth: signed, unsigned, unknown, revoked, forged."""
+    keys: dict[str, str]
+    """What each key that signed is: pinned, introduced (by a pinned one), unknown."""
+    unsigned_records: int
+    """At the ends of lanes, after their last checkpoint."""
+    problems: list[Problem]
+    notes: list[str]
+    proof: Proof | None = None
+
+
+class Verification:
+    """One run over a log. `feed` as often as it takes, then `report` once."""
+
+    def __init__(self, keys: TrustedKeys, *, beats: bool = True, whole: bool = True, wanted: str = "") -> None:
+        """`beats`: the log has the heartbeats. `whole`: it has all partitions and no chosen begin or end, so that what
+        is missing altogether is told too. `wanted`: the id of an event to prove."""
+        self.keys, self._beats, self._whole = keys, beats, whole
+        self._wanted = f'"event_id":"{wanted}"'.encode() if wanted else b""
+        self._lanes: dict[tuple[int, bytes], LaneCheck] = {}
+        self._boots: dict[tuple[str, str], dict[int, Checkpoint]] = {}
+        self._changes: list[Change] = []
+        self._hellos: dict[tuple[str, str], Hello] = {}
+        self._strange: list[Problem] = []
+        self._first_us = NEVER
+        self.records = 0
+
+    def feed(self, partition: int, raws: Sequence[bytes], places: Iterable[int]) -> None:
+        """The next records of a partition."""
+        lanes, wanted = self._lanes, self._wanted
+        self.records += len(raws)
+        for raw, place in zip(raws, places, strict=True):
+            start = raw.find(b'"collector_id":"')
+            end = raw.find(b',"seq":', start)
+            lane = lanes.get((partition, raw[start:end]))
+            kind = raw[9:12]
+            if lane is None or lane.head is None or kind not in _PLAIN:
+                self._slow(partition, raw, place, lane)
+                continue
+            link = b',"seq":%d,"chain":"%b"' % (lane.next, lane.head)
+            if not raw.startswith(link, end):
+                self._slow(partition, raw, place, lane)
+                continue
+            digest = record_hash(raw)
+            lane.head = digest.hex().encode()
+            lane.next += 1
+            lane.leaves.append(digest)
+            lane.seen.append(Seen(place, raw[: end + len(link)]))
+            if wanted and wanted in raw:
+                lane.wanted = (place, raw)
+
+    def _slow(self, partition: int, raw: bytes, place: int, lane: LaneCheck | None) -> None:
+        """Whatever the fast way does not know."""
+        try:
+            stamp = stamp_of.decode(raw)
+            record = None if raw[9:12] in _PLAIN else decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, BadEvent):
+            why = "it is no record"
+            problem = Problem(what="inserted", partition=partition, lane="", seq=0, place=place, event_id="", why=why)
+            self._strange.append(problem)
+            return
+        if stamp.kind == "tick":
+            return
+        if lane is None:
+            key = raw[raw.find(b'"collector_id":"') : raw.find(b',"seq":')]
+            lane = self._lanes[partition, key] = LaneCheck(partition, stamp, beats=self._beats)
+        beat = stamp.kind == "heartbeat"
+        link = lane.beat_head if beat else lane.head
+        fits = link == stamp.chain.encode() and stamp.seq == lane.next and not lane.ended
+        if not fits and not lane.odd(raw, stamp, place):
+            return
+        digest = record_hash(raw)
+        if isinstance(record, Integrity) and record.subject_hash:
+            digest = lane.replaced(record, place)
+        lane.next = stamp.seq + 1
+        if beat:
+            lane.beat_head = digest.hex().encode()
+            lane.beats.append((stamp.seq, digest))
+            return
+        lane.head = digest.hex().encode()
+        lane.take(raw, digest, place)
+        if self._wanted and self._wanted in raw:
+            lane.wanted = (place, raw)
+        if record is not None:
+            self._special(lane, record, raw, place)
+
+    def _special(self, lane: LaneCheck, record: object, raw: bytes, place: int) -> None:
+        """What hello, checkpoint, goodbye and change mean for more than their own place in the chain."""
+        boot = (lane.collector_id, lane.boot)
+        if isinstance(record, Hello):
+            self._hellos[boot] = record
+            self._first_us = min(self._first_us, timestamp_us(record.timestamp))
+        elif isinstance(record, Change) and record.subject == "signing_key":
+            self._changes.append(record)
+        elif isinstance(record, Goodbye):
+            lane.ended = True
+        elif isinstance(record, Checkpoint) and lane.checkpoint(record, raw, place):
+            known = self._boots.setdefault(boot, {})
+            bare = msgspec.structs.replace(record, hints="", path=[])
+            other = known.setdefault(record.number, bare)
+            if (other.root, other.previous, other.signature) != (bare.root, bare.previous, bare.signature):
+                lane.forged(record, place, "another lane has another checkpoint of this number")
+
+    def report(self) -> Report:
+        """What all of it is worth."""
+        self.keys.learn(self._changes)
+        pinned = set(self.keys.known)
+        counts = {"signed": 0, "unsigned": 0, "unknown": 0, "revoked": 0, "forged": 0}
+        notes: list[str] = []
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.close()
+        for boot, checkpoints in self._boots.items():
+            mine = [lane for lane in lanes if (lane.collector_id, lane.boot) == boot]
+            for checkpoint in checkpoints.values():
+                worth = self.keys.judge(checkpoint)
+                counts[worth] += 1
+                if worth in {"forged", "revoked"}:
+                    told = {"forged": "its signature is not its key's", "revoked": "its key was revoked by then"}
+                    mine[0].forged(checkpoint, -1, f"checkpoint {checkpoint.number}: {told[worth]}")
+            self._check_boot(mine, checkpoints)
+        if self._whole:
+            self._check_ended(notes)
+        problems = sorted([*self._strange, *(p for lane in lanes for p in lane.problems)], key=_order)
+        if counts["unknown"]:
+            notes.append("checkpoints are signed by keys that are not trusted here: pin them, or doubt the log")
+        unproven = counts["unsigned"] or counts["unknown"] or not counts["signed"]
+        return Report(
+            verdict="broken" if problems else "unproven" if unproven else "sound",
+            records=self.records,
+            repeats=sum(lane.repeats for lane in lanes),
+            lanes=len(lanes),
+            boots=len({(lane.collector_id, lane.boot) for lane in lanes}),
+            checkpoints={worth: count for worth, count in counts.items() if count},
+            keys={one.key_id: "trusted" if one.key_id in pinned else "unknown" for one in self._all_checkpoints()},
+            unsigned_records=sum(len(lane.leaves) for lane in lanes if not lane.ended),
+            problems=problems,
+            notes=notes + [note for lane in lanes if (note := lane.note())],
+            proof=next((lane.proof for lane in lanes if lane.proof), None),
+        )
+
+    def _all_checkpoints(self) -> Iterable[Checkpoint]:
+        return (one for known in self._boots.values() for one in known.values() if one.key_id)
+
+    def _check_boot(self, lanes: Sequence[LaneCheck], checkpoints: dict[int, Checkpoint]) -> None:
+        """Whether the checkpoints of a boot follow each other, and its lanes are all there and go on to its end."""
+        newest = checkpoints[max(checkpoints)]
+        for number, checkpoint in checkpoints.items():
+            before = checkpoints.get(number - 1)
+            if before is not None and before.root != checkpoint.previous:
+                lanes[0].forged(checkpoint, -1, f"checkpoint {number} does not name the one before it")
+            if self._whole and before is None and number > min(checkpoints):
+                lanes[0].cut(f"no lane has checkpoint {number - 1}")
+        for lane in lanes:
+            last = lane.last
+            if lane.ended and (last is None or not last.final):
+                lane.cut("its goodbye comes without the last checkpoint of its boot")
+            elif not lane.ended and newest.final:
+                lane.cut("other lanes of its boot have the last checkpoint, it has no end")
+            elif not lane.ended and newest.at_us - (last.at_us if last else 0) > SILENCE_MAX_US and self._whole:
+                lane.cut("other lanes of its boot have later checkpoints")
+        if self._whole and newest.lanes != len(lanes):
+            lanes[0].cut(f"its boot has {newest.lanes} lanes, and {len(lanes)} are here")
+
+    def _check_ended(self, notes: list[str]) -> None:
+        """Boots that a later one names must be here, with the end that it names."""
+        for boot, hello in self._hellos.items():
+            for ended in hello.ended:
+                checkpoints = self._boots.get((boot[0], ended.boot), {})
+                roots = {checkpoint.root for checkpoint in checkpoints.values()}
+                if ended.root in roots or not ended.root:
+                    continue
+                if not checkpoints and ended.at_us <= self._first_us:
+                    notes.append(f"boot {ended.boot} ended before this log begins")
+                    continue
+                why = "its last checkpoint is missing" if checkpoints else "the whole boot is missing"
+                self._strange.append(
+                    Problem(
+                        what="truncated",
+                        partition=-1,
+                        lane=f"{boot[0]}/{ended.boot}",
+                        seq=0,
+                        place=-1,
+                        event_id="",
+                        why=f"{why}, says the hello of boot {boot[1]}",
+                    )
+                )
+
+
+def _order(problem: Problem) -> tuple[int, int]:
+    return problem.partition, problem.place if problem.place >= 0 else NEVER
