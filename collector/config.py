@@ -3,9 +3,9 @@
 import os
 import socket
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from collector.guards.config import GuardsConfig
 from collector.identity_config import IdentityConfig
@@ -61,6 +61,19 @@ class EvidenceConfig(BaseModel):
     checkpoint_ms: int = Field(10_000, ge=100, le=600_000, description="A checkpoint at least this often")
     checkpoint_records: int = Field(
         4096, ge=16, le=16_384, description="A checkpoint when a lane has so many records without one"
+    )
+
+
+class TrustConfig(BaseModel):
+    """`[evidence]`: whose signatures are trusted where a log is verified."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    signing_keys: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
+        (), description="Public keys of collectors, hexadecimal, as `inferwatch keys signing` prints them"
+    )
+    revoked: dict[str, AwareDatetime] = Field(
+        {}, description="Key id, and from when on its signatures count for nothing"
     )
 
 

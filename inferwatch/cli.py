@@ -4,7 +4,6 @@ import asyncio
 import os
 import sys
 from datetime import datetime
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +11,18 @@ from typing import Annotated
 import structlog
 import typer
 
-from inferwatch import budget_cli, deadletter_cli, findings_cli, keys_cli, lookup_cli, record_cli, topics_cli
+from inferwatch import (
+    budget_cli,
+    deadletter_cli,
+    evidence_cli,
+    findings_cli,
+    keys_cli,
+    lookup_cli,
+    record_cli,
+    topics_cli,
+)
 from inferwatch.config import Config, describe, load
-from inferwatch.options import ConfigOption, JsonOption
+from inferwatch.options import MOMENTS, ConfigOption, JsonOption, Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
@@ -26,19 +34,12 @@ app.add_typer(budget_cli.app, name="budget")
 app.add_typer(deadletter_cli.app, name="deadletter")
 app.add_typer(topics_cli.app, name="topics")
 app.add_typer(findings_cli.app, name="finding")
+app.add_typer(evidence_cli.journal_app, name="journal")
+app.command()(evidence_cli.verify)
 app.command()(findings_cli.maintenance)
 app.command()(findings_cli.change)
 app.command()(lookup_cli.lookup)
 app.command()(record_cli.record)
-
-MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
-
-
-class Source(StrEnum):
-    """Where a backtest reads events."""
-
-    kafka = "kafka"
-    store = "store"
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from collector.config import CollectorConfig
+from collector.config import CollectorConfig, TrustConfig
 from collector.kafka import KafkaConfig
 from dashboards.config import DashboardsConfig
 from detectors.config import DetectConfig
@@ -42,6 +42,7 @@ class Config(BaseSettings):
     broker: BrokerSettings = Field(BrokerSettings(), description="The development Kafka of `inferwatch broker`.")
     kafka: KafkaConfig = Field(KafkaConfig(), description="The Kafka cluster that everything talks to.")
     collector: CollectorConfig = Field(CollectorConfig(), description="The collector in the inference server.")
+    evidence: TrustConfig = Field(TrustConfig(), description="Whose signatures are trusted where a log is verified.")
     detect: DetectConfig = Field(DetectConfig(), description="The detectors.")
     streams: StreamsConfig = Field(StreamsConfig(), description="The stream processors.")
     sinks: SinksConfig = Field(SinksConfig(), description="Where findings are delivered.")

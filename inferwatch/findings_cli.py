@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inferwatch.config import Config, load
-from inferwatch.options import ConfigOption, JsonOption
+from inferwatch.options import MOMENTS, ConfigOption, JsonOption
 
 if TYPE_CHECKING:  # each command loads its own room
     from detectors.commands import AnyCommand
@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # each command loads its own room
 
 app = typer.Typer(no_args_is_help=True, help="Look at findings; acknowledge, suppress, call them false.")
 
-MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"]
 UidArgument = Annotated[str, typer.Argument(help="The finding's uid, or its first eight digits or more.")]
 ReasonOption = Annotated[str, typer.Option(help="Why, in one line. Kept with the finding.")]
 OperatorOption = Annotated[str, typer.Option(help="Who signs.", envvar="INFERWATCH_OPERATOR")]

@@ -182,3 +182,24 @@ def _from_now(length: str) -> datetime | None:
     from inferwatch.commands import seconds_of  # noqa: PLC0415
 
     return datetime.now(UTC) + timedelta(seconds=seconds_of(length)) if length else None
+
+
+@app.command("signing")
+def signing(
+    rotate: Annotated[bool, typer.Option("--rotate", help="Replace the key; the old one signs the new one.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Make the key that the collector signs checkpoints with, and print what makes it known where logs are verified.
+
+    A running collector takes up a rotated key by itself, with the next checkpoint.
+
+    Example: inferwatch keys signing
+    """
+    from collector.signing import create_signing_key, rotate_signing_key  # noqa: PLC0415
+
+    file = load(config).collector.evidence.signing_key_file
+    if file is None:
+        raise ValueError("no place for the signing key is configured: set collector.evidence.signing_key_file")
+    signer = rotate_signing_key(file) if rotate else create_signing_key(file)
+    typer.echo(f"Made {file}, key {signer.key_id}. Add its public half where logs are verified:", err=True)
+    typer.echo(f'[evidence]\nsigning_keys = ["{signer.public_key}"]')

@@ -19,11 +19,11 @@ from typing import Final
 
 import structlog
 
-from collector.event import AuditEvent, BadEvent, decode
+from collector.event import AnyRecord, AuditEvent, BadEvent, Heartbeat, Tick, decode, encode
 from collector.kafka import AIOKafkaConsumer, ConsumerRecord, KafkaConfig, TopicPartition, ensure_topics, make_consumer
 from detectors.config import TimeConfig
 from detectors.time import NEVER, PartitionClock
-from sinks.clickhouse.rows import StoredEvent
+from sinks.clickhouse.rows import StoredEvent, StoredRecord
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
 from streams.health import Reading
@@ -51,6 +51,8 @@ class Intake:
         self.next = 0
         """Offset of the next record to handle."""
         self.unreadable = 0
+        self.records: list[StoredRecord] = []
+        """Of the last batch, what is to be kept as it was on the wire."""
         self.clock = PartitionClock(config)
         self._rows_max = rows_max
         self._waiting: list[ConsumerRecord] = []
@@ -100,7 +102,8 @@ class Intake:
 
     def rows(self, batch: Sequence[ConsumerRecord]) -> list[StoredEvent]:
         """Applies a batch to the clock, and gives the rows to insert; none where they are stored already."""
-        rows = []
+        rows: list[StoredEvent] = []
+        self.records = []
         for record in batch:
             try:
                 event = decode(record.value or b"")
@@ -108,11 +111,22 @@ class Intake:
                 self.unreadable += 1
                 continue
             flag = self.clock.observe(event, append_ms=record.timestamp, offset=record.offset)
-            if isinstance(event, AuditEvent) and record.offset >= self._stored_before:
+            if record.offset < self._stored_before:
+                continue
+            if isinstance(event, AuditEvent):
                 rows.append(StoredEvent(event, record.partition, record.offset, record.timestamp, flag))
+            self._keep(event, record)
         self.clock.troubles()  # stage 1's to tell; ingest wants the flags alone
         self.next = batch[-1].offset + 1
         return rows
+
+    def _keep(self, event: AnyRecord, record: ConsumerRecord) -> None:
+        """The chain needs every record but heartbeats; most events can be written again from their columns."""
+        raw = record.value or b""
+        if isinstance(event, Heartbeat | Tick) or (isinstance(event, AuditEvent) and encode(event) == raw):
+            return
+        kind = type(event).__struct_config__.tag
+        self.records.append(StoredRecord(raw, str(kind), record.partition, record.offset, record.timestamp))
 
     def stored(self) -> bool:
         """The rows of the last batch are in the store. True where that is news: commits must never go back."""
@@ -250,7 +264,7 @@ class Ingest:
             self._handled += len(batch)
             self._sizes.add(len(batch))
             rows = intake.rows(batch)
-            if rows:
+            if rows or intake.records:
                 token = token_of(intake.tp.topic, intake.tp.partition, first, last)
                 await self._insertions.make(partial(self._intend_and_insert, intake, first, last), rows, token)
                 self._stored += len(rows)
@@ -261,6 +275,7 @@ class Ingest:
         self, intake: Intake, first: int, last: int, rows: Sequence[StoredEvent], *, token: str
     ) -> None:
         intake.progress.intend(first, last)
+        self._store.insert_records(intake.records, token=token)
         self._store.insert_events(rows, token=token)
 
     def _save(self) -> None:

@@ -19,7 +19,7 @@ from collector.kafka import (
 )
 from detectors.finding import Finding
 from detectors.finding import decode as decode_finding
-from sinks.clickhouse.rows import StoredEvent, status_columns
+from sinks.clickhouse.rows import StoredEvent, StoredRecord, status_columns
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters, Unusable
 
@@ -34,6 +34,9 @@ class EventStore(Protocol):
 
     def insert_events(self, rows: Sequence[StoredEvent], *, token: str) -> None:
         """Stores events, once for a token."""
+
+    def insert_records(self, rows: Sequence[StoredRecord], *, token: str) -> None:
+        """Stores records of lanes as they were on the wire."""
 
     def insert_findings(self, findings: Sequence[Finding], *, token: str) -> None:
         """Stores revisions of findings; the same one twice is one."""

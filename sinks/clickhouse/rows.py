@@ -30,6 +30,16 @@ class StoredEvent(NamedTuple):
     flag: Flag
 
 
+class StoredRecord(NamedTuple):
+    """A record of a lane as it was on the wire, and where it lay in Kafka."""
+
+    raw: bytes
+    kind: str
+    partition: int
+    offset: int
+    append_ms: int
+
+
 _PLAIN: Final = (
     "event_id", "schema_version", "tenant", "session_id", "user_id", "prompt_hash", "model_version", "response_tokens",
     "latency_ms", "blocked", "status", "http_request_id", "route", "operation", "http_status", "finish_reason",
@@ -76,6 +86,17 @@ def _guard_arrays(event: AuditEvent) -> Sequence[tuple[object, ...]]:
     """One tuple for each guard column."""
     results = event.guardrail_results
     return list(zip(*map(_guard_of, results), strict=True)) if results else _NO_GUARDS
+
+
+def lane_columns(rows: Sequence[StoredRecord]) -> Columns:
+    """The columns of `lane_records`."""
+    return {
+        "kafka_partition": [row.partition for row in rows],
+        "kafka_offset": [row.offset for row in rows],
+        "append_time": [row.append_ms for row in rows],
+        "kind": [row.kind for row in rows],
+        "raw": [row.raw.decode() for row in rows],
+    }
 
 
 def record_of(row: Mapping[str, object]) -> AuditEvent:

@@ -82,6 +82,22 @@ ALTER TABLE events ADD COLUMN IF NOT EXISTS trace_id String CODEC(ZSTD(1)) AFTER
 ALTER TABLE events ADD COLUMN IF NOT EXISTS tokens_from LowCardinality(String) AFTER trace_id;
 ALTER TABLE events ADD INDEX IF NOT EXISTS by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 4;
 
+-- The records of lanes that are no events, and any whose bytes the columns above would not give back: with them the
+-- chain of a lane is whole, heartbeats aside, and `inferwatch verify` needs nothing else.
+CREATE TABLE IF NOT EXISTS lane_records
+(
+    kafka_partition UInt32               CODEC(ZSTD(1)),
+    kafka_offset    UInt64               CODEC(Delta, ZSTD(1)),
+    append_time     DateTime64(3, 'UTC') CODEC(Delta, ZSTD(1)),
+    kind            LowCardinality(String),
+    raw             String               CODEC(ZSTD(3))
+)
+ENGINE = ReplacingMergeTree
+PARTITION BY toYYYYMMDD(append_time)
+ORDER BY (kafka_partition, kafka_offset)
+TTL toDateTime(append_time) + toIntervalDay(:events_days)
+SETTINGS ttl_only_drop_parts = 1, non_replicated_deduplication_window = 10000;
+
 -- Minute counters, for panels over days. Late rows count, duplicates and quarantined rows do not. `latency_buckets`
 -- counts answered requests by toString(floor(8 * log2(latency_ms + 1))): buckets 9 % wide, which add up exactly.
 CREATE TABLE IF NOT EXISTS events_1m

@@ -20,7 +20,16 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from detectors.finding import Finding
 from sinks.clickhouse.clients import Client, Clients, StoreAway, StoreError, StoreInUse, clients_of, one_line
-from sinks.clickhouse.rows import Columns, StoredEvent, event_columns, finding_columns, record_of, status_columns
+from sinks.clickhouse.rows import (
+    Columns,
+    StoredEvent,
+    StoredRecord,
+    event_columns,
+    finding_columns,
+    lane_columns,
+    record_of,
+    status_columns,
+)
 from sinks.config import StoreConfig
 
 __all__ = ["BATCH_ROWS_MAX", "Store", "StoreAway", "StoreError", "StoreInUse", "StoredEvent", "open_store", "record_of"]
@@ -69,6 +78,7 @@ class Store:
         fsync = f"fsync_after_insert = {int(config.fsync)}"
         for table, moment, days in (
             ("events", "append_time", config.events_days),
+            ("lane_records", "append_time", config.events_days),
             ("events_1m", "minute", config.rollup_days),
             ("findings", "updated", config.findings_days),
             ("process_reports", "at", config.status_days),
@@ -88,6 +98,11 @@ class Store:
         """
         keys = (f"{row.event.event_id}:{row.partition}:{row.offset}" for row in rows)
         self._insert("events", event_columns(rows) if rows else {}, token, keys)
+
+    def insert_records(self, rows: Sequence[StoredRecord], *, token: str) -> None:
+        """Stores records of lanes as they were on the wire; by offset, so that the same one twice is one."""
+        keys = (f"{row.partition}:{row.offset}" for row in rows)
+        self._insert("lane_records", lane_columns(rows) if rows else {}, token, keys)
 
     def insert_findings(self, findings: Sequence[Finding], *, token: str) -> None:
         """Stores revisions of findings. The same revision twice is one row once merged, and one in `findings_now`."""

@@ -14,6 +14,7 @@ from collector.event import AuditEvent, Goodbye, Heartbeat, Integrity, Rejection
 from collector.journal import Position
 from collector.tickets import Ticket
 from tests.collector.booking import KNOWN, Clock, open_book, recovered, written
+from tests.collector.signed_log import raws, verify
 
 
 def test_too_much_known_is_left_out_of_the_begin(tmp_path: Path) -> None:
@@ -50,7 +51,13 @@ def test_what_was_begun_and_not_finished_is_lost_once(tmp_path: Path) -> None:
     first = written(book.journal)
     book.journal.close()
     added = [(partition, seq, type(record).__name__) for partition, seq, record in first[3:]]
-    assert added == [(1, 1, "AuditEvent"), (0, 2, "Goodbye"), (1, 2, "Goodbye")]
+    assert added == [
+        (1, 1, "AuditEvent"),
+        (0, 2, "Checkpoint"),
+        (1, 2, "Checkpoint"),
+        (0, 3, "Goodbye"),
+        (1, 3, "Goodbye"),
+    ]
     told = first[3][2]
     assert isinstance(told, AuditEvent)
     assert (told.event_id, told.status, told.route, told.latency_ms) == (lost.event_id, "lost", "/r", 10.0)
@@ -147,13 +154,15 @@ def test_any_history_recovers_exactly(tmp_path_factory: pytest.TempPathFactory, 
     left = Counter(ticket.partition for ticket in is_open)
     given = {lane: sum(seen[lane]) + 1 + left[lane] for lane in range(2)}
     estate, book = recovered(folder, clock)
+    report = verify(raws(book.journal), pinned=(), whole=False)
+    assert (report.verdict, report.problems) == ("unproven", [])
     assert set(estate.begun) == begun - ended
     found = written(book.journal)
     lost = Counter(r.event_id for _, _, r in found if isinstance(r, AuditEvent) and r.status == "lost")
     assert lost == Counter(begun - ended)
     for lane in range(2):
         seqs = [seq for partition, seq, _ in found if partition == lane]
-        assert seqs == list(range(given[lane] + 1))[-len(seqs) :]
+        assert seqs == list(range(given[lane] + 2))[-len(seqs) :]  # a last checkpoint, and goodbye
         assert isinstance([record for partition, _, record in found if partition == lane][-1], Goodbye)
     times = [record.timestamp for _, _, record in found]
     assert times == sorted(times)

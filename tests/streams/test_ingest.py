@@ -16,7 +16,7 @@ from collector.kafka import ConsumerRecord, KafkaConfig, TopicPartition, ensure_
 from detectors.config import DetectConfig
 from detectors.finding import Finding
 from detectors.time import Flag, PartitionClock
-from sinks.clickhouse.rows import StoredEvent
+from sinks.clickhouse.rows import StoredEvent, StoredRecord
 from sinks.clickhouse.store import open_store
 from sinks.config import StoreConfig
 from streams import ingest as ingest_module
@@ -45,6 +45,7 @@ class Log:
     tokens: dict[str, list[tuple[int, int, Flag]]] = field(default_factory=dict)
     counted: Counter[tuple[int, int]] = field(default_factory=Counter)
     flags: dict[tuple[int, int], Flag] = field(default_factory=dict)
+    kept: dict[str, list[StoredRecord]] = field(default_factory=dict)
     dead: bool = False
     at: dict[TopicPartition, int] = field(default_factory=dict)
 
@@ -107,6 +108,11 @@ class Log:
             self.flags |= {(partition, offset): flag for partition, offset, flag in seen}
         assert self.tokens[token] == seen, f"other rows under {token}"
         self.may_die()
+
+    def insert_records(self, rows: Sequence[StoredRecord], *, token: str) -> None:
+        self.may_die()
+        seen = self.kept.setdefault(token, list(rows))
+        assert seen == list(rows), f"other records under {token}"
 
     def insert_findings(self, findings: Sequence[Finding], *, token: str) -> None: ...
 
