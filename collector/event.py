@@ -298,7 +298,7 @@ def decode(raw: bytes) -> AnyRecord:
         record = _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _refusal(raw, error) from None
-    if _major(record.schema_version) > SCHEMA_MAJOR:
+    if record.schema_version != SCHEMA_VERSION and _major(record.schema_version) > SCHEMA_MAJOR:
         raise _newer(record.schema_version)
     return record
 

@@ -196,11 +196,9 @@ class Book:
     def _event(
         self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any], now_us: int, lane: Lane
     ) -> AuditEvent:
-        values: dict[str, Any] = {**_BLANK, "model_version": self._model_version, **ticket.known, **fields}
-        if "latency_ms" not in values:
-            values["latency_ms"] = min(_LATENCY_MS_MAX, max(0, now_us - ticket.started_us) / 1000)
-        values.update(self._stamp(now_us, lane, ticket.event_id))
-        return shape(**values)
+        latency_ms = min(_LATENCY_MS_MAX, max(0, now_us - ticket.started_us) / 1000)
+        values = {**_BLANK, "model_version": self._model_version, "latency_ms": latency_ms, **ticket.known, **fields}
+        return shape(**{**values, **self._stamp(now_us, lane, ticket.event_id)})
 
     def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, lane: Lane) -> bytes:
         """The event's bytes; an integrity record's where no reader would take them."""

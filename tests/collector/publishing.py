@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from collector import event as events
-from collector.config import JournalConfig, PublisherConfig
+from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
 from collector.event import AnyRecord, AuditEvent, Goodbye, Hello
 from collector.kafka import KafkaConfig, TopicPartition, make_consumer, partition_for
 from collector.publisher import Publisher, system_clock_us
@@ -34,7 +34,7 @@ class Stored(NamedTuple):
     record: AnyRecord
 
 
-async def _read(kafka: KafkaConfig) -> list[Stored]:
+async def _read(kafka: KafkaConfig) -> list[tuple[TopicPartition, Any]]:
     consumer = make_consumer(kafka, group_id=None)
     await consumer.start()
     try:
@@ -42,20 +42,29 @@ async def _read(kafka: KafkaConfig) -> list[Stored]:
         consumer.assign(places)
         ends = await consumer.end_offsets(places)
         await consumer.seek_to_beginning(*places)
-        stored: list[Stored] = []
+        stored: list[tuple[TopicPartition, Any]] = []
         while any([await consumer.position(place) < ends[place] for place in places]):
             for place, messages in (await consumer.getmany(timeout_ms=200)).items():
-                stored += [
-                    Stored(place.partition, m.offset, m.timestamp, m.key, events.decode(m.value)) for m in messages
-                ]
+                stored += [(place, message) for message in messages]
     finally:
         await consumer.stop()
-    return sorted(stored, key=lambda one: (one.partition, one.offset))
+    return sorted(stored, key=lambda one: (one[0].partition, one[1].offset))
 
 
 def read(kafka: KafkaConfig) -> list[Stored]:
     """Everything on the events topic, by partition and offset."""
-    return asyncio.run(_read(kafka))
+    return [
+        Stored(place.partition, m.offset, m.timestamp, m.key, events.decode(m.value))
+        for place, m in asyncio.run(_read(kafka))
+    ]
+
+
+def read_raw(kafka: KafkaConfig) -> dict[int, list[bytes]]:
+    """The same as on the wire, by partition."""
+    found: dict[int, list[bytes]] = {}
+    for place, message in asyncio.run(_read(kafka)):
+        found.setdefault(place.partition, []).append(message.value)
+    return found
 
 
 def lanes(stored: list[Stored]) -> dict[tuple[str, int], list[AnyRecord]]:
@@ -105,15 +114,17 @@ class Maker:
     def __call__(
         self, *, boot: str | None = None, clock_us: Callable[[], int] = system_clock_us, **changes: Any
     ) -> Publisher:
-        """`changes`: settings of the publisher, or of the journal with `journal_` in front."""
+        """`changes`: settings of the publisher; of the journal or evidence with `journal_`, `evidence_` in front."""
         journal = {name[8:]: value for name, value in changes.items() if name.startswith("journal_")}
-        settings = {name: value for name, value in changes.items() if not name.startswith("journal_")}
+        evidence = {name[9:]: value for name, value in changes.items() if name.startswith("evidence_")}
+        settings = {name: changes[name] for name in changes if not name.startswith(("journal_", "evidence_"))}
         made = Publisher(
             self.kafka,
             PublisherConfig.model_validate(settings),
             JournalConfig.model_validate({"dir": self.folder} | journal),
             collector_id="host-1",
             model_version="tiny@1",
+            evidence=EvidenceConfig.model_validate(evidence),
             boot=boot,
             clock_us=clock_us,
         )
