@@ -6,7 +6,7 @@ its checkpoint, the checkpoint's hints name the first record that is not the one
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -26,8 +26,8 @@ from collector.event import Checkpoint, Integrity
 What: TypeAlias = Literal["changed", "removed", "inserted", "reordered", "truncated", "forged", "replaced"]
 REPEATS_BYTES: Final = 4096 * HASH_BYTES
 """Hashes kept of what is checked already: a record that is sent again comes soon after."""
-SEEN_MAX: Final = 262_144
-"""Records without a checkpoint whose names are kept, and that a part can be compared with."""
+HOLE_MAX: Final = 262_144
+"""Missing numbers of one hole that are remembered."""
 PROBLEMS_MAX: Final = 100
 """Of one lane; what follows a first bad record says little."""
 
@@ -70,26 +70,20 @@ class Stamp(msgspec.Struct, frozen=True):
     chain: str = ""
 
 
-class Seen(NamedTuple):
-    """A record without a checkpoint yet, no heartbeat."""
-
-    place: int
-    top: bytes
-    """The record's beginning, up to its link."""
-
-
+Seen: TypeAlias = tuple[int, bytes]
+"""Place and bytes of a record without a checkpoint yet, no heartbeat."""
 stamp_of: Final = msgspec.json.Decoder(Stamp)
 
 
 class LaneCheck:
-    """One lane. `head`, `beat_head` and `next` are what the next record must say; None before the first record."""
+    """One lane. `head`, `beat_head` and `next` are what the next record must say; empty before the first record."""
 
-    def __init__(self, partition: int, stamp: Stamp, *, beats: bool = True) -> None:
-        """`beats`: whether the log has the heartbeats; without them `seq` may have gaps where the chain has none."""
-        self._with_beats = beats
+    def __init__(self, partition: int, key: bytes, stamp: Stamp, *, beats: bool = True) -> None:
+        """`key`: what all records of the lane have in common. `beats`: whether the log has the heartbeats; without them
+        `seq` may have gaps where the chain has none."""
+        self.key, self._with_beats = key, beats
         self.partition, self.collector_id, self.boot = partition, stamp.collector_id, stamp.boot
-        self.head: bytes | None = None
-        self.beat_head: bytes | None = None
+        self.head = self.beat_head = b""
         self.next = self.first = stamp.seq
         self.whole = stamp.kind == "hello"
         """From its first record on."""
@@ -121,7 +115,7 @@ class LaneCheck:
     def odd(self, raw: bytes, stamp: Stamp, place: int) -> bool:
         """A record that is not what must come next. True where it is to be taken as the lane's next one."""
         beat, digest = stamp.kind == "heartbeat", record_hash(raw)
-        if self.head is None or self.beat_head is None:
+        if not (self.beat_head if beat else self.head) and not self.ended:
             return self._begin(stamp, place)
         if stamp.seq < self.next and self._repeated(digest, beat=beat):
             self.repeats += 1
@@ -130,31 +124,27 @@ class LaneCheck:
         if self.ended:
             self._suspect("inserted", stamp, place, "it follows the lane's goodbye")
         elif stamp.seq > self.next and (self._with_beats or stamp.chain != link):
-            self._missing |= dict.fromkeys(range(self.next, min(stamp.seq, self.next + SEEN_MAX)), place)
+            self._missing |= dict.fromkeys(range(self.next, min(stamp.seq, self.next + HOLE_MAX)), place)
             self._suspect("removed", stamp, place, f"{stamp.seq - self.next} missing before it", seq=self.next)
         elif stamp.seq < self.next:
             self._behind(stamp, place, digest)
             if not beat:
-                self.take(raw, digest, place)
+                self.leaves.append(digest)
+                self.seen.append((place, raw))
             return False
         elif stamp.chain not in {link, self._also.get(self.next - 1, b"").hex()}:
             self._broken(stamp, place, beat=beat)
         return True
 
-    def take(self, raw: bytes, digest: bytes, place: int) -> None:
-        """A record that is no heartbeat, for the next checkpoint to be compared with."""
-        self.leaves.append(digest)
-        self.seen.append(Seen(place, raw[: raw.find(b'"', raw.find(b'"chain":"') + 9) + 1]))
-
     def _begin(self, stamp: Stamp, place: int) -> bool:
         start = origin(self.collector_id, self.boot, self.partition)
-        if self.head is None and self.whole and (stamp.chain != start or stamp.seq != 0):
+        if not self.head and self.whole and (stamp.chain != start or stamp.seq != 0):
             self._suspect("forged", stamp, place, "this hello does not begin such a lane")
         beat = stamp.kind == "heartbeat"
         # Where the log begins within the lane, the first record of each chain can't be compared with anything.
-        if self.head is None and (self.whole or not beat):
+        if not self.head and (self.whole or not beat):
             self.head = stamp.chain.encode()
-        if self.beat_head is None and (self.whole or beat):
+        if not self.beat_head and (self.whole or beat):
             self.beat_head = start.encode() if self.whole else stamp.chain.encode()
         if stamp.seq > self.next and self._with_beats:
             self._suspect("removed", stamp, place, f"{stamp.seq - self.next} missing before it", seq=self.next)
@@ -187,8 +177,8 @@ class LaneCheck:
             self._suspect("changed", stamp, place, "it does not name the record before it")
 
     def _named(self, seen: Seen) -> dict[str, object]:
-        stamp = stamp_of.decode(seen.top + b"}")
-        return {"seq": stamp.seq, "place": seen.place, "event_id": stamp.event_id}
+        stamp = stamp_of.decode(seen[1])
+        return {"seq": stamp.seq, "place": seen[0], "event_id": stamp.event_id}
 
     def _suspect(self, what: What, stamp: Stamp, place: int, why: str, seq: int | None = None) -> None:
         if len(self._suspected) < PROBLEMS_MAX:
@@ -240,7 +230,7 @@ class LaneCheck:
     def _count_before(self, seq: int) -> int:
         """How many of the records seen are before this number; they are few behind it."""
         count = len(self.seen)
-        while count and stamp_of.decode(self.seen[count - 1].top + b"}").seq >= seq:
+        while count and stamp_of.decode(self.seen[count - 1][1]).seq >= seq:
             count -= 1
         return count
 
@@ -248,8 +238,9 @@ class LaneCheck:
         suspected, self._suspected = self._suspected, []
         leaves = self.leaves[:count]
         started = self.covered >= 0 or self.whole
-        if count == part.records and merkle_root(leaves).hex() == part.tree:
-            # Each record is the one that was signed; what else was seen are additions, or concerns heartbeats.
+        head = leaves[-1].hex() if leaves else part.head
+        if count == part.records and head == part.head and (not suspected or merkle_root(leaves).hex() == part.tree):
+            # Where no link is broken the head alone fixes all before it. What else was seen concerns heartbeats.
             self.problems += suspected
             return
         hints = split_hints(part.hints)
@@ -287,7 +278,7 @@ class LaneCheck:
 
     def _seq_after(self, index: int) -> int:
         """The number of the first that is missing behind the seen one at `index - 1`."""
-        after = stamp_of.decode(self.seen[index - 1].top + b"}").seq + 1 if index else max(self.covered, self.first)
+        after = stamp_of.decode(self.seen[index - 1][1]).seq + 1 if index else max(self.covered, self.first)
         return min((seq for seq in self._missing if seq >= after), default=after)
 
     def _unnamed(self, part: Checkpoint, place: int) -> Problem:
@@ -327,10 +318,13 @@ class LaneCheck:
     def _prove(self, part: Checkpoint, count: int, checkpoint: bytes) -> Proof | None:
         """Of the wanted record, before its checkpoint lets go of it."""
         place, raw = self.wanted or (-1, b"")
-        index = next((i for i, seen in enumerate(self.seen[:count]) if seen.place == place), None)
+        index = next((i for i, seen in enumerate(self.seen[:count]) if seen[0] == place), None)
         if index is None or count != part.records:
             return None
-        path = [node.hex() for node in merkle_path(self.leaves[:count], index)]
+        leaves = self.leaves[:count]
+        if merkle_root(leaves).hex() != part.tree:
+            return None
+        path = [node.hex() for node in merkle_path(leaves, index)]
         return Proof(
             partition=self.partition, record=raw.decode(), index=index, path=path, checkpoint=checkpoint.decode()
         )

@@ -4,9 +4,10 @@ Feed every record of a partition in the log's order; nothing else is needed but 
 fast way through compares bytes: where a record's lane, number and link are what they must be, it is hashed and that is
 all. What happens otherwise is for `collector.lane_check`.
 
-Memory: a lane's records since its last checkpoint, some 400 bytes each, and 128 KiB a lane for repeats.
+Memory: a lane's records since its last checkpoint, and 128 KiB a lane for repeats.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal, TypeAlias
 
@@ -23,7 +24,7 @@ from collector.event import (
     decode,
     timestamp_us,
 )
-from collector.lane_check import LaneCheck, Problem, Proof, Seen, stamp_of
+from collector.lane_check import LaneCheck, Problem, Proof, stamp_of
 from collector.trust import NEVER, TrustedKeys
 
 SILENCE_MAX_US: Final = 180_000_000
@@ -61,6 +62,8 @@ class Verification:
         self.keys, self._beats, self._whole = keys, beats, whole
         self._wanted = f'"event_id":"{wanted}"'.encode() if wanted else b""
         self._lanes: dict[tuple[int, bytes], LaneCheck] = {}
+        self._latest: dict[int, LaneCheck] = {}
+        """The lane that a partition's last record was of."""
         self._boots: dict[tuple[str, str], dict[int, Checkpoint]] = {}
         self._changes: list[Change] = []
         self._hellos: dict[tuple[str, str], Hello] = {}
@@ -70,30 +73,30 @@ class Verification:
 
     def feed(self, partition: int, raws: Sequence[bytes], places: Iterable[int]) -> None:
         """The next records of a partition."""
-        lanes, wanted = self._lanes, self._wanted
         self.records += len(raws)
+        sha256, wanted, lane = hashlib.sha256, self._wanted, self._latest.get(partition)
         for raw, place in zip(raws, places, strict=True):
-            start = raw.find(b'"collector_id":"')
-            end = raw.find(b',"seq":', start)
-            lane = lanes.get((partition, raw[start:end]))
-            kind = raw[9:12]
-            if lane is None or lane.head is None or kind not in _PLAIN:
-                self._slow(partition, raw, place, lane)
-                continue
-            link = b',"seq":%d,"chain":"%b"' % (lane.next, lane.head)
-            if not raw.startswith(link, end):
-                self._slow(partition, raw, place, lane)
-                continue
-            digest = record_hash(raw)
-            lane.head = digest.hex().encode()
-            lane.next += 1
-            lane.leaves.append(digest)
-            lane.seen.append(Seen(place, raw[: end + len(link)]))
-            if wanted and wanted in raw:
-                lane.wanted = (place, raw)
+            if raw[9:12] in _PLAIN:
+                start = raw.find(b'"collector_id":"')
+                if lane is None or not raw.startswith(lane.key, start):
+                    lane = self._lanes.get((partition, _key(raw)), lane)
+                if lane is not None and raw.startswith(
+                    b'%b,"seq":%d,"chain":"%b"' % (lane.key, lane.next, lane.head), start
+                ):
+                    digest = sha256(b"\0" + raw).digest()  # record_hash, without the call
+                    lane.head = digest.hex().encode()
+                    lane.next += 1
+                    lane.leaves.append(digest)
+                    lane.seen.append((place, raw))
+                    if wanted and wanted in raw:
+                        lane.wanted = (place, raw)
+                    continue
+            lane = self._slow(partition, raw, place) or lane
+        if lane is not None:
+            self._latest[partition] = lane
 
-    def _slow(self, partition: int, raw: bytes, place: int, lane: LaneCheck | None) -> None:
-        """Whatever the fast way does not know."""
+    def _slow(self, partition: int, raw: bytes, place: int) -> LaneCheck | None:
+        """Whatever the fast way does not know. Returns the lane, where the record is of one."""
         try:
             stamp = stamp_of.decode(raw)
             record = None if raw[9:12] in _PLAIN else decode(raw)
@@ -101,17 +104,18 @@ class Verification:
             why = "it is no record"
             problem = Problem(what="inserted", partition=partition, lane="", seq=0, place=place, event_id="", why=why)
             self._strange.append(problem)
-            return
+            return None
         if stamp.kind == "tick":
-            return
+            return None
+        key = _key(raw)
+        lane = self._lanes.get((partition, key))
         if lane is None:
-            key = raw[raw.find(b'"collector_id":"') : raw.find(b',"seq":')]
-            lane = self._lanes[partition, key] = LaneCheck(partition, stamp, beats=self._beats)
+            lane = self._lanes[partition, key] = LaneCheck(partition, key, stamp, beats=self._beats)
         beat = stamp.kind == "heartbeat"
         link = lane.beat_head if beat else lane.head
         fits = link == stamp.chain.encode() and stamp.seq == lane.next and not lane.ended
         if not fits and not lane.odd(raw, stamp, place):
-            return
+            return lane
         digest = record_hash(raw)
         if isinstance(record, Integrity) and record.subject_hash:
             digest = lane.replaced(record, place)
@@ -119,13 +123,15 @@ class Verification:
         if beat:
             lane.beat_head = digest.hex().encode()
             lane.beats.append((stamp.seq, digest))
-            return
+            return lane
         lane.head = digest.hex().encode()
-        lane.take(raw, digest, place)
+        lane.leaves.append(digest)
+        lane.seen.append((place, raw))
         if self._wanted and self._wanted in raw:
             lane.wanted = (place, raw)
         if record is not None:
             self._special(lane, record, raw, place)
+        return lane
 
     def _special(self, lane: LaneCheck, record: object, raw: bytes, place: int) -> None:
         """What hello, checkpoint, goodbye and change mean for more than their own place in the chain."""
@@ -136,7 +142,7 @@ class Verification:
         elif isinstance(record, Change) and record.subject == "signing_key":
             self._changes.append(record)
         elif isinstance(record, Goodbye):
-            lane.ended = True
+            lane.ended, lane.head = True, b""  # which no record names
         elif isinstance(record, Checkpoint) and lane.checkpoint(record, raw, place):
             known = self._boots.setdefault(boot, {})
             bare = msgspec.structs.replace(record, hints="", path=[])
@@ -228,6 +234,12 @@ class Verification:
                         why=f"{why}, says the hello of boot {boot[1]}",
                     )
                 )
+
+
+def _key(raw: bytes) -> bytes:
+    """What a lane's records have in common, as on the wire."""
+    start = raw.find(b'"collector_id":"')
+    return raw[start : raw.find(b',"seq":', start)]
 
 
 def _order(problem: Problem) -> tuple[int, int]:
