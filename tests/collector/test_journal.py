@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from collector import journal as journals
 from collector.config import JournalConfig
+from collector.event import AuditEvent
 from collector.journal import (
     ACK,
     BEGIN,
@@ -33,6 +34,9 @@ from collector.journal import (
     parse_ack,
     segment_numbers,
 )
+from collector.tickets import Ticket
+from tests.collector.booking import Clock, open_book, written
+from tests.collector.signed_log import raws, verify
 
 ROOT = Path(__file__).parent.parent.parent
 BODIES = st.lists(
@@ -290,3 +294,35 @@ def test_a_journal_is_for_its_owner_only(tmp_path: Path) -> None:
     modes = {path.stat().st_mode & 0o777 for path in journal.folder.iterdir()}
     assert (modes, journal.folder.stat().st_mode & 0o777) == ({0o600}, 0o700)
     journal.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_of_one_megabyte_refuses_and_goes_on(tmp_path: Path) -> None:
+    """ENOSPC from a real file system in mid-record: told, nothing half written, and with room it goes on."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (tmp_path / "ballast").write_bytes(b"x" * 900_000)
+        book = open_book(tmp_path / "j", Clock(), segment_bytes=16_384, bytes_max=1_000_000)
+        begun: list[Ticket] = []
+
+        def fill() -> None:
+            while len(begun) < 10_000:
+                begun.append(book.begin("u_1", 0, {}))
+                book.finish(begun[-1], AuditEvent, {"status": "ok"})
+
+        with pytest.raises(JournalFull, match="takes no more"):
+            fill()
+        assert len(begun) > 10
+        (tmp_path / "ballast").unlink()
+        if begun[-1].event is None:
+            book.finish(begun[-1], AuditEvent, {"status": "ok"})
+        last = book.finish(book.begin("u_1", 0, {}), AuditEvent, {"status": "ok"})
+        found = written(book.journal)
+        assert [seq for partition, seq, _ in found if partition == 0] == list(range(last.seq + 1))
+        assert found[-1][2] == last
+        report = verify(raws(book.journal), pinned=(), whole=False)
+        assert report.problems == []
+        book.journal.close()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
