@@ -116,7 +116,8 @@ class Tokens:
         tenant = _name(claims, config.tenant_claim) if config.tenant_claim else config.tenants[0]
         if tenant not in config.tenants:
             raise NotKnown("wrong_tenant")
-        session = _name(claims, config.session_claim) if config.session_claim in claims else ""
+        named = config.session_claim and config.session_claim in claims
+        session = _name(claims, config.session_claim) if named else ""
         return Principal(tenant, f"jwt:{kid}", user, session=session, meter=f"{tenant}\n{user}")
 
 
