@@ -56,14 +56,20 @@ class Chunk:
         return [(int(moments[index]), self.event(index).event_id) for index in indices[:EVENT_IDS_MAX]]
 
 
+def _event_id(raw: bytes) -> str:
+    return _decoder.decode(raw).event_id
+
+
 def in_order(columns: Columns, rows: Rows) -> Columns:
     """These events, sorted by (timestamp, event_id)."""
     order = rows[np.argsort(columns.moment_us[rows], kind="stable")]
     moments = columns.moment_us[order]
     tied = np.flatnonzero(moments[1:] == moments[:-1])
     if len(tied):
-        ids = {row: _decoder.decode(columns.raws[row]).event_id for row in order[np.union1d(tied, tied + 1)].tolist()}
-        order = np.array(sorted(order.tolist(), key=lambda row: (columns.moment_us[row], ids.get(row, ""))), np.int64)
+        apart = np.flatnonzero(np.diff(tied) != 1)
+        begins, ends = tied[np.append(0, apart + 1)].tolist(), (tied[np.append(apart, len(tied) - 1)] + 2).tolist()
+        for begin, end in zip(begins, ends, strict=True):
+            order[begin:end] = sorted(order[begin:end].tolist(), key=lambda row: _event_id(columns.raws[row]))
     return picked(columns, order)
 
 

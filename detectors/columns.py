@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -99,6 +100,8 @@ ARRAYS: Final = (
 )
 
 
+FIELDS: Final = {"choices": "n"}
+"""Where a column is not called as the event's field is."""
 NAMED: Final = {"adapter": "adapters", "api_key": "api_keys", "address": "addresses", "kind": "kinds"}
 """Arrays of numbers that stand for names, and where the names are."""
 
@@ -130,8 +133,15 @@ def columns_of(
 ) -> Columns:
     """The columns of these events, whose raw bytes, offsets and moments are given. What nobody reads is zero."""
 
-    def numbers(name: str, make: Callable[[], list[Any]], dtype: DTypeLike) -> NDArray[Any]:
-        return np.array(make(), dtype) if name in reads else np.zeros(len(events), dtype)
+    def numbers(name: str, make: Callable[[], Iterable[Any]], dtype: DTypeLike) -> NDArray[Any]:
+        return np.fromiter(make(), dtype, len(events)) if name in reads else np.zeros(len(events), dtype)
+
+    def times(name: str) -> Floats:
+        """None is not a number; `np.fromiter` takes it for a mistake."""
+        return np.array(list(map(attrgetter(name), events)), np.float64) if name in reads else np.zeros(len(events))
+
+    def plain(name: str, dtype: DTypeLike = np.int64) -> NDArray[Any]:
+        return numbers(name, lambda: map(attrgetter(FIELDS.get(name, name)), events), dtype)
 
     def names(name: str, make: Callable[[], list[str]]) -> tuple[Ints, list[str]]:
         return coded(make()) if name in reads else (np.zeros(len(events), np.int64), [""])
@@ -157,18 +167,16 @@ def columns_of(
         low=low,
         named=named,
         ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
-        blocked=numbers("blocked", lambda: [event.blocked for event in events], bool),
+        blocked=plain("blocked", bool),
         judged=sizes > 0,
-        response_tokens=_tokens(numbers("response_tokens", lambda: [e.response_tokens for e in events], np.int64)),
-        prompt_tokens=_tokens(numbers("prompt_tokens", lambda: [e.prompt_tokens for e in events], np.int64)),
-        max_tokens=_tokens(numbers("max_tokens", lambda: [e.max_tokens for e in events], np.int64)),
-        choices=np.maximum(numbers("choices", lambda: [event.n for event in events], np.int64), 1),
-        latency_ms=numbers("latency_ms", lambda: [event.latency_ms for event in events], np.float64),
-        ttft_ms=numbers("ttft_ms", lambda: [event.ttft_ms for event in events], np.float64),
-        queue_ms=numbers("queue_ms", lambda: [event.queue_ms for event in events], np.float64),
-        ms_per_output_token=numbers(
-            "ms_per_output_token", lambda: [event.ms_per_output_token for event in events], np.float64
-        ),
+        response_tokens=_tokens(plain("response_tokens")),
+        prompt_tokens=_tokens(plain("prompt_tokens")),
+        max_tokens=_tokens(plain("max_tokens")),
+        choices=np.maximum(plain("choices"), 1),
+        latency_ms=plain("latency_ms", np.float64),
+        ttft_ms=times("ttft_ms"),
+        queue_ms=times("queue_ms"),
+        ms_per_output_token=times("ms_per_output_token"),
         verdict_event=verdict_event,
         verdict_guard=verdict_guard,
         verdict_blocked=verdict_blocked,
@@ -185,7 +193,8 @@ def columns_of(
 def _adapters(adapters: list[Adapter | None]) -> list[str]:
     if adapters.count(None) == len(adapters):
         return [""] * len(adapters)
-    return ["" if each is None else f"{each.name}@{each.digest[-DIGEST_SHOWN:]}" for each in adapters]
+    names = ["" if each is None else f"{each.name}@{each.digest[-DIGEST_SHOWN:]}" for each in adapters]
+    return [name if name.isprintable() else repr(name)[1:-1] for name in names]
 
 
 def coded(values: list[Any]) -> tuple[Ints, list[Any]]:

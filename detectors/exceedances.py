@@ -2,8 +2,8 @@
 
 Peaks over threshold: beyond a low edge the excess is taken for exponential, so n excesses a week with mean m pass
 edge + m ln(n / budget) as often a week as the budget says (J. Pickands, Annals of Statistics 3, 1975, with shape 0,
-which is steadier on few peaks). Number and mean start from an assumption that weighs as much as `PRIOR_PEAKS` peaks and
-`PRIOR_WEEKS` weeks. A peak is learned a day after it; what passed the threshold counts as having reached it, no more,
+which is steadier on few peaks). Number and mean start from an assumption that weighs as much as `prior_weeks` weeks and
+`PRIOR_PEAKS` peaks. A peak is learned a day after it; what passed the threshold counts as having reached it, no more,
 so that an attack does not teach its own size (the maximum-likelihood mean of censored exponentials: the sum over the
 number of those not censored; B. Epstein and M. Sobel, Journal of the American Statistical Association 48, 1953).
 All in thousandths of a nat, as integers. Memory: 100 bytes a peak, at most `WAITING_MAX`.
@@ -17,7 +17,7 @@ from msgspec import Struct
 WEEK_S: Final = 7 * 86_400
 WAITING_MAX: Final = 512
 PRIOR_PEAKS: Final = 4
-PRIOR_WEEKS: Final = 1.0
+"""What the assumed mean weighs, in peaks."""
 WEEKS_MAX: Final = 8.0
 """Then peaks and weeks weigh half."""
 
@@ -28,8 +28,10 @@ class Exceedances(Struct):
     first_s: int
     prior_mean_milli: int
     """Mean excess that is assumed."""
-    prior_peaks: int = PRIOR_PEAKS
+    prior_peaks: int
     """Peaks a week that are assumed."""
+    prior_weeks: float = 1.0
+    """What that weighs."""
     weeks_forgotten: float = 0.0
     peaks: int = 0
     excess_milli: int = 0
@@ -72,5 +74,5 @@ class Exceedances(Struct):
 
     def excess_bar_milli(self, second: int, budget_per_week: float) -> int:
         """The excess that peaks pass as often as the budget says."""
-        a_week = (self.peaks + self.prior_peaks * PRIOR_WEEKS) / (max(self._weeks(second), 0.0) + PRIOR_WEEKS)
+        a_week = (self.peaks + self.prior_peaks * self.prior_weeks) / (max(self._weeks(second), 0.0) + self.prior_weeks)
         return round(self.mean_milli() * max(math.log(a_week / budget_per_week), 0.0))

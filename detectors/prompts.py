@@ -41,21 +41,20 @@ def prompt_of(event: AuditEvent) -> Prompt:
 
 def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
     """Whether `prompt` is one of `known`: equal digests, or sketches of one size with similarity of at least `same`."""
-    if prompt.digest and any(prompt.digest == other.digest for other in known):
+    if prompt.digest and prompt.digest in [other.digest for other in known]:
         return True
     sketch = prompt.sketch
-    if not sketch:
+    if not sketch or not known:
         return False
     size = len(sketch) // SLOT_BYTES
     # With so many slots that may differ, one of one more parts is the same to the byte: seldom, so most end here.
     parts = size - math.ceil(same * size) + 1
     cuts = [SLOT_BYTES * (size * part // parts) for part in range(parts + 1)]
-    alike = [
-        other.sketch
-        for other in known
-        if len(other.sketch) == len(sketch)
-        and any(other.sketch[begin:end] == sketch[begin:end] for begin, end in pairwise(cuts))
-    ]
+    others = [other.sketch for other in known if len(other.sketch) == len(sketch)]
+    alike: list[bytes] = []
+    for begin, end in pairwise(cuts):
+        mine = sketch[begin:end]
+        alike += [other for other in others if other[begin:end] == mine]
     if not alike:
         return False
     slots = np.frombuffer(sketch, "<u4")

@@ -1,20 +1,26 @@
 """token_length: completions longer than their kind has been so far, by one user again and again.
 
-Method. For each completion the chance p of one at least as long, given model, prompt size and max_tokens: the bucket's
-own counts, shrunk to the model's whole distribution, whose upper tenth is continued by an exponential tail in
-ln(tokens) (a Pareto tail; peaks over threshold, J. Pickands, Annals of Statistics 3, 1975): counts alone can't go below
-one in the bucket's size. A completion rarer than 1 in 1,000 is evidence of -ln(1000 p), at most 5, so that one freak is
-never enough; each completion of the user costs .01, and evidence halves in an hour. For exponential gains at that rate
-and cost a CUSUM reaches h with a chance of exp(-.9 h), so h = ln(completions a week / 1000 / false alarms a week) / .9.
-Lengths within a conversation go together (Spearman .62), so p-values are capped, not multiplied out. The finding is
-never more than medium on its own: length alone finds half of the attacks at a precision of .6 (prevalence .1 %). It is
-high where a guard scored one of the rare completions above `signal_score`: the second signal, told by stage 1 with the
-longest. How many of the last ones in a row were cut at their limit (finish_reason=length) is told too.
+Method. For each completion the chance p of one at least as long, given model, adapter, prompt size and max_tokens: the
+bucket's own counts, shrunk to the model's (and adapter's) whole distribution, whose upper tenth is continued by an
+exponential tail in ln(tokens) (a Pareto tail; peaks over threshold, J. Pickands, Annals of Statistics 3, 1975): counts
+alone can't go below one in the bucket's size. Two charts a user (CUSUM, E. S. Page, Biometrika 41, 1954):
+- *rare*: a completion rarer than 1 in 1,000 adds -ln(1000 p), at most 5, so that one freak is never enough; each
+  completion costs .01. For exponential gains at that rate and cost it reaches h with a chance of exp(-.9 h), so
+  h = ln(completions a week / 1000 / false alarms a week) / .9. Finds who draws long answers among many others.
+- *run*: each completion adds -ln p, at most 6, and costs 1.25. Finds answers that are all longish, or all cut at their
+  limit (finish_reason=length), none of them rare. Lengths within a conversation go together (Spearman .62), so theory
+  is no guide: the threshold is put on peaks over 6 of the tenant's own users (`exceedances.py`).
+They fade with half-lives of one and eight hours, and share the budget. On its own a finding is medium: length alone
+finds two thirds of the attacks at a precision of .4 (prevalence .1 %). It is high with a second signal: guards scored
+more of these completions above `signal_score` than chance allows (binomial, 1 in 100); or *peers*: several other users
+of this model, adapter and prompt size had a rare completion within the hour, too many for chance (Poisson, 1 in a
+million at twice the expected rate). One user alone against calm peers is what every finding says already, and no second
+signal; many at once are one cause: a shared extraction, or a rollout, which the finding then names.
 
-Cold start. Nothing before 100 completions of the model. First day: a new kind of honest work with long answers is told
-once, and learned a day later. Long only; many users with one long completion each are not seen.
+Cold start. Nothing before 100 completions of the model and adapter. First half hour: the threshold of runs is mostly
+assumed. First day: a new kind of honest work with long answers is told once, and learned a day later. Long only.
 
-Memory: about 2 KB a bucket, 200 bytes a user with evidence.
+Memory: about 2 KB a bucket, 300 bytes a user with evidence, 40 KB a model and adapter.
 """
 
 import math
@@ -28,16 +34,34 @@ from detectors.columns import Ints
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor
 from detectors.entities import Dump, EntityTable
+from detectors.exceedances import Exceedances
 from detectors.histogram import Histogram, at_least, bucket_of, halve, lower_edge, total
 from detectors.registry import Registry, Rows
-from detectors.rollup import EXTREMES_MAX, Cell, Extreme, Partial, Signal, add_all, earliest, merge_offsets
+from detectors.rollup import Cell, Extreme, Partial, Signal, add_all, earliest, merge_offsets
 from detectors.time import SECOND_US
-from detectors.token_length_told import ADOPT_S, EXPONENT, Batch, Evidence, ModelState, Tail, alarm_of
+from detectors.token_length_told import ADOPT_S, EXPONENT, RUN_EDGE, Batch, Evidence, ModelState, Tail, alarm_of
 
 NAME: Final = "token_length"
 RARE: Final = 1e-3
 GAIN_MAX: Final = 5.0
 COST: Final = 0.01
+RUN_GAIN_MAX: Final = 6.0
+RUN_COST: Final = 1.25
+RUN_MAX: Final = 60.0
+"""Most that is kept, so that an episode ends soon after its last long completion."""
+RUN_UNTOLD: Final = 0.75
+"""What one costs that was not passed on, or was ordinary: 1.25 less the mean of -ln p where that is below 1.25."""
+RUN_HALF_LIVES: Final = 8
+"""How much slower a run fades: ordinary completions end it."""
+RUN_BEGINS: Final = 2.25
+"""-ln p of a completion that may begin a run: most users have none, and nothing is kept of them."""
+RUN_PEAKS_A_WEEK: Final = 10_000
+RUN_MEAN_MILLI: Final = 2_700
+"""Of independent exponential gains at that cost: 1 / .37, which solves 1 / (1 - x) = exp(1.25 x)."""
+RUN_PRIOR_WEEKS: Final = 0.003
+RUN_SETTLE_S: Final = 900
+LONGEST: Final = 4
+"""Completions passed on a second and bucket."""
 WEEK_S: Final = 7 * 86_400
 COMPLETIONS_A_WEEK_MIN: Final = 10_000.0
 BATCH_S: Final = 10
@@ -63,14 +87,15 @@ class TokenLengthOne(StageOne):
         if not len(rows):
             return []
         tokens = columns.response_tokens // columns.choices
-        prompt, limit = bits(columns.prompt_tokens) // 2, bits(columns.max_tokens)
-        cells = Groups(rows, chunk.step[rows], columns.kind[rows], prompt[rows], limit[rows])
-        lengths, longest = cells.histograms(tokens), cells.largest(tokens, EXTREMES_MAX)
-        buckets = zip(cells.firsts(prompt), cells.firsts(limit), strict=True)
+        prompt, limit = bits(columns.prompt_tokens), bits(columns.max_tokens)
+        cells = Groups(rows, chunk.step[rows], columns.kind[rows], columns.adapter[rows], prompt[rows], limit[rows])
+        lengths, longest = cells.histograms(tokens), cells.largest(tokens, LONGEST)
+        adapters = [columns.adapters[each] for each in cells.firsts(columns.adapter)]
+        buckets = zip(cells.firsts(prompt), cells.firsts(limit), adapters, strict=True)
         told: list[Partial | Signal] = []
         for number, (place, bucket) in enumerate(zip(cells.places(chunk, NAME), buckets, strict=True)):
             extremes = [_extreme(chunk, tokens, row) for row in longest[number]]
-            key = f"{place.model}\n{bucket[0]}.{bucket[1]}"
+            key = f"{place.model}\n{bucket[0]}.{bucket[1]}.{bucket[2]}"
             counts = {"completions": place.size}
             told.append(place.partial(key, counts=counts, histograms={"tokens": lengths[number]}, extremes=extremes))
         return told + self._weights(chunk, rows, np.array(sorted(row for found in longest for row in found), np.int64))
@@ -141,71 +166,104 @@ class TokenLengthTwo(StageTwo):
     def second(self, second: int, cells: list[tuple[str, str, Cell]]) -> list[Alarm]:
         alarms: dict[str, Alarm] = {}
         for tenant, key, cell in cells:
-            name, _, bucket_key = key.partition("\n")
-            model = self._models.get(f"{tenant}\n{name}")
-            if model is None:
-                if len(self._models) >= self._config.keys_max:
-                    self._refused_keys += 1
-                    continue
-                model = self._models[f"{tenant}\n{name}"] = ModelState(first_s=second)
-            if not bucket_key:
+            name, _, bucket = key.partition("\n")
+            if not bucket:
                 self._weigh(f"{tenant}\n{name}", cell.weights["completions"])
                 continue
+            prompt, limit, adapter = bucket.split(".", 2)
+            model = self._model(f"{tenant}\n{name}\n{adapter}", second)
+            if model is None:
+                continue
             self._settle(model, second)
-            model.completions += cell.counts["completions"]
+            completions = cell.counts["completions"]
+            model.completions += completions
+            model.peers.add(second, prompt, completions)
             lengths = dict(cell.histograms["tokens"])
-            for alarm in self._judge(model, second, (tenant, name, bucket_key), cell, lengths):
+            for alarm in self._judge(model, second, (tenant, name, f"{prompt}.{limit}"), cell, lengths):
                 alarms[alarm.entity.id] = alarm
-            self._wait(model, second, bucket_key, lengths)
+            self._wait(model, second, f"{prompt}.{limit}", lengths)
         return [alarms[user] for user in sorted(alarms)]
+
+    def _model(self, key: str, second: int) -> ModelState | None:
+        model = self._models.get(key)
+        if model is None:
+            if len(self._models) >= self._config.keys_max:
+                self._refused_keys += 1
+                return None
+            runs = Exceedances(second, RUN_MEAN_MILLI, RUN_PEAKS_A_WEEK, RUN_PRIOR_WEEKS)
+            model = self._models[key] = ModelState(first_s=second, runs=runs)
+        return model
 
     def _judge(
         self, model: ModelState, second: int, where: tuple[str, str, str], cell: Cell, lengths: Histogram
     ) -> list[Alarm]:
         """Adds up evidence; takes rare completions out of `lengths`, so that they are not learned at once."""
         tenant, name, bucket_key = where
-        alarms = []
         told: dict[str, Evidence] = {}
-        for tokens, _, user, event_id, score_milli, cut in cell.extremes:
+        for tokens, moment_us, user, event_id, score_milli, cut in cell.extremes[:LONGEST]:
             chance = self._chance(model, bucket_key, tokens)
-            if chance >= RARE:
+            suspected = score_milli > 1_000 * self._config.signal_score
+            if model.tail is not None:
+                model.scored += 1
+                model.suspected += suspected
+            gain = -math.log(chance)
+            if gain <= RUN_COST:
                 break
-            bucket = bucket_of(tokens)
-            lengths[bucket] -= 1
-            model.rare = [*model.rare, (second, bucket_key, bucket)][-RARE_MAX:]
-            if user:
-                gain = min(-math.log(chance / RARE), GAIN_MAX)
-                told[user] = self._add(f"{tenant}\n{name}\n{user}", second, (gain, tokens, event_id), cell)
-                told[user].suspected += score_milli > 1_000 * self._config.signal_score
-                told[user].cut = told[user].cut + 1 if cut else 0
-        threshold = self._threshold(model, second)
+            if chance < RARE:
+                bucket = bucket_of(tokens)
+                lengths[bucket] -= 1
+                model.rare = [*model.rare, (second, bucket_key, bucket)][-RARE_MAX:]
+            evidence = self._evidence(f"{tenant}\n{name}\n{user}", second, gain) if user else None
+            if evidence is None:
+                continue
+            told[user] = evidence
+            evidence.longest = max(evidence.longest, tokens)
+            evidence.tokens += tokens
+            evidence.completions += 1
+            evidence.suspected += suspected
+            evidence.cut = evidence.cut + 1 if cut else 0
+            evidence.samples = earliest([*evidence.samples, (moment_us, event_id)])
+            evidence.offsets = dict(evidence.offsets)
+            merge_offsets(evidence.offsets, cell.offsets)
+            if chance < RARE:
+                evidence.rare += 1
+                evidence.sum += min(gain + math.log(RARE), GAIN_MAX)
+                model.peers.rare(bucket_key.partition(".")[0], user)
+        alarms = []
+        bars = self._threshold(model, second), self._run_threshold(model, second)
         for user, evidence in told.items():
-            if evidence.sum >= threshold:
-                alarms.append(alarm_of(model, evidence, second, (tenant, name, user), threshold))
+            if evidence.run > RUN_EDGE and (not evidence.peaked or user in model.runs.waiting):
+                evidence.peaked = True
+                model.runs.peak(user, second, round(1_000 * (evidence.run - RUN_EDGE)))
+            if evidence.sum >= bars[0] or evidence.run >= bars[1]:
+                alarms.append(alarm_of(model, evidence, second, (tenant, name, user), bars))
         return alarms
 
     def _weigh(self, model: str, completions: dict[str, int]) -> None:
-        """Every completion costs, at the next rare one: until then nothing could have come of it."""
+        """Every completion costs, at the next one that is told: until then nothing could have come of it."""
         for user, count in completions.items():
             evidence = self._users.get(f"{model}\n{user}")
             if evidence is not None:
                 evidence.unpaid += count
 
-    def _add(self, name: str, second: int, rare: tuple[float, int, str], cell: Cell) -> Evidence:
-        gain, tokens, event_id = rare
+    def _evidence(self, name: str, second: int, gain: float) -> Evidence | None:
+        """The user's charts after this completion; None where there is nothing to keep."""
         moment_us = second * SECOND_US
-        past = self._users.get(name)
-        evidence = past if past is not None and past.sum > 0 else Evidence(0.0, moment_us, moment_us)
-        evidence.sum *= 0.5 ** ((moment_us - evidence.last_us) / (self._config.half_life_s * SECOND_US))
-        evidence.sum = max(evidence.sum - COST * evidence.unpaid, 0.0) + gain
+        evidence = self._users.get(name)
+        if evidence is None or (evidence.sum <= 0 and evidence.run <= 0):
+            if gain < RUN_BEGINS:
+                return None
+            evidence = Evidence(0.0, moment_us, moment_us)
+        fade = 0.5 ** ((moment_us - evidence.last_us) / (self._config.half_life_s * SECOND_US))
+        evidence.sum = max(evidence.sum * fade - COST * evidence.unpaid, 0.0)
+        run = evidence.run * fade ** (1 / RUN_HALF_LIVES) - RUN_UNTOLD * max(evidence.unpaid - 1, 0)
+        if run <= 0 and evidence.sum <= 0 and evidence.completions:
+            evidence = Evidence(0.0, moment_us, moment_us)
+        if run <= 0:
+            evidence.peaked = False
+        evidence.run = min(max(run, 0.0) + min(gain, RUN_GAIN_MAX) - RUN_COST, RUN_MAX)
         evidence.unpaid = 0
         evidence.last_us = moment_us
-        evidence.count += 1
-        evidence.tokens += tokens
-        evidence.longest = max(evidence.longest, tokens)
-        evidence.samples = earliest([*evidence.samples, (moment_us, event_id)])
-        evidence.offsets = dict(evidence.offsets)
-        merge_offsets(evidence.offsets, cell.offsets)
         self._users.put(name, moment_us, evidence)
         return evidence
 
@@ -223,8 +281,19 @@ class TokenLengthTwo(StageTwo):
         return (at_least(own, bucket_of(tokens)) + shrink * whole) / (total(own) + shrink)
 
     def _threshold(self, model: ModelState, second: int) -> float:
-        a_week = max(model.completions / max(second - model.first_s + 1, 60) * WEEK_S, COMPLETIONS_A_WEEK_MIN)
-        return max(math.log(RARE * a_week / self._config.budget_per_week) / EXPONENT, 2 * GAIN_MAX)
+        often = RARE * self._a_week(model, second) / (self._config.budget_per_week / 2)
+        return max(math.log(often) / EXPONENT, 2 * GAIN_MAX)
+
+    def _a_week(self, model: ModelState, second: int) -> float:
+        return max(model.completions / max(second - model.first_s + 1, 60) * WEEK_S, COMPLETIONS_A_WEEK_MIN)
+
+    def _run_threshold(self, model: ModelState, second: int) -> float:
+        return RUN_EDGE + model.runs.excess_bar_milli(second, self._run_budget(model, second)) / 1_000
+
+    def _run_budget(self, model: ModelState, second: int) -> float:
+        """What the other chart leaves: it has half, and with its least threshold often needs much less."""
+        used = RARE * self._a_week(model, second) * math.exp(-EXPONENT * self._threshold(model, second))
+        return self._config.budget_per_week - min(used, self._config.budget_per_week / 2)
 
     def _wait(self, model: ModelState, second: int, bucket_key: str, lengths: Histogram) -> None:
         index = second // BATCH_S
@@ -234,6 +303,7 @@ class TokenLengthTwo(StageTwo):
 
     def _settle(self, model: ModelState, second: int) -> None:
         """What is old enough is learned, and the tail fitted anew."""
+        model.runs.settle(second, RUN_SETTLE_S, self._run_budget(model, second))
         learned = False
         while model.waiting and (model.waiting[0].index + 1) * BATCH_S <= second - self._config.settle_s:
             for key, lengths in model.waiting.pop(0).buckets.items():
@@ -289,7 +359,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[str, Eviden
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="3",
+        version="4",
         atlas=["AML.T0024.002", "AML.T0034.001", "AML.T0057"],
         owasp=["LLM10", "LLM02"],
         runbook=[
@@ -301,7 +371,7 @@ DETECTOR: Final = Detector(
         window_s=16 * 3_600,
         lookback_s=3_600,
     ),
-    reads=frozenset({"ok", "prompt_tokens", "response_tokens", "max_tokens", "choices"}),
+    reads=frozenset({"ok", "prompt_tokens", "response_tokens", "max_tokens", "choices", "adapter"}),
     enabled=lambda config: config.token_length.enabled,
     stage_one=lambda _, registry: TokenLengthOne(registry),
     stage_two=TokenLengthTwo,

@@ -105,9 +105,9 @@ class Book:
             running = summed + np.repeat(offset, sizes)
             ends = running[np.append(starts[1:], len(row)) - 1]
             self._sums.values[who, measure] = ends
-            size = bits(running)
-            grew = np.flatnonzero(size != bits(running - amount[order]))
-            reached.append((begin + order[grew], size[grew]))
+            earlier = running - amount[order]
+            grew = np.flatnonzero((running ^ earlier) > earlier)  # its highest bit is new
+            reached.append((begin + order[grew], bits(running[grew])))
             high = np.flatnonzero(ends > base[:, measure])
             if len(high):
                 mine = np.concatenate([np.arange(starts[each], starts[each] + sizes[each]) for each in high])

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import structlog
 
-PARTS: Final = ("block", "latency", "tokens", "probing", "campaign", "ablations", "cost")
+PARTS: Final = ("block", "latency", "tokens", "probing", "campaign", "volume", "ablations", "cost")
 MODULES: Final = {part: f"tests.bench.detection_{part}" for part in PARTS} | {"cost": "tests.bench.detectors"}
 FIGURES: Final = {
     "block rate, background with sticky and retried blocks and user-by-day clustering, ≥ 60 tenants, 30 d": "block",
@@ -36,6 +36,7 @@ FIGURES: Final = {
     "the same at 0.1 %, guard blocking 30 %; 10 %": "probing",
     "distributed campaign, 200 users × 3": "campaign",
     "token length at 0.1 % prevalence": "tokens",
+    "high volume by client": "volume",
     "cost": "cost",
 }
 """The first cell of each row of the goals, and the part that measures it."""

@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from collector.event import AuditEvent, Goodbye, GuardResult, Hello, encode, from_timestamp_us
+from collector.event import AuditEvent, Goodbye, GuardResult, Hello, Tick, encode, from_timestamp_us
 from detectors import rollup
+from detectors.catalogue import detectors
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine, TenantEngine
 from detectors.finding import Finding
@@ -21,6 +22,7 @@ Floats = NDArray[np.float64]
 SECOND_US: Final = 1_000_000
 CHUNK: Final = 20_000
 HOUR_US: Final = 3_600 * SECOND_US
+MINUTE_US: Final = 60 * SECOND_US
 COMMON: Final[dict[str, Any]] = {"schema_version": "1.0", "collector_id": "c", "boot": "b"}
 
 
@@ -54,6 +56,12 @@ def calls_of(moment_us: Ints, latency_ms: Floats, **other: Any) -> Calls:
     return Calls(moment_us=moment_us, latency_ms=latency_ms, **(filled | other))
 
 
+def others_than(name: str) -> list[str]:
+    """The detectors that have a switch, but for this one."""
+    names = [detector.card.name for detector in detectors()]
+    return [each for each in names if each != name and hasattr(getattr(DetectConfig(), each, None), "enabled")]
+
+
 def passed(calls: Calls, config: DetectConfig) -> list[Finding]:
     """Every revision that the calls raise, in order."""
     one = PartitionEngine(config, topic="iw.events", partition=0, partitions=1)
@@ -83,7 +91,9 @@ def _chunks(calls: Calls) -> Iterator[tuple[int, list[bytes], Ints]]:
         end = min(begin + CHUNK, len(calls))
         yield begin + 1, _raws(calls, begin, end, template), moment[begin:end] // 1_000
     last = Goodbye(event_id="goodbye", timestamp=from_timestamp_us(ended_us), seq=len(calls) + 1, **COMMON)
-    yield len(calls) + 1, [encode(last)], np.array([ended_us // 1_000])
+    tick = Tick(event_id="tick", timestamp=from_timestamp_us(ended_us + MINUTE_US), seq=0, **COMMON)  # closes the rest
+    closing = [encode(last), encode(tick)]
+    yield len(calls) + 1, closing, np.array([ended_us // 1_000, (ended_us + MINUTE_US) // 1_000])
 
 
 def _raws(calls: Calls, begin: int, end: int, template: str) -> list[bytes]:

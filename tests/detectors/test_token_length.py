@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from collector.event import Decision, GuardResult
+from collector.event import Adapter, Decision, GuardResult
 from detectors.finding import Finding
 from tests.detectors.test_findings import findings_of
 from tests.sim.traffic import Traffic
@@ -54,3 +54,50 @@ def test_a_suspected_short_answer_is_nobodys_business_here() -> None:
     result = GuardResult(guard="leak", version="1", stage="output", decision="allow", score=0.99)
     traffic.events = [msgspec.structs.replace(event, guardrail_results=[result]) for event in traffic.events]
     assert findings_of(traffic) == []
+
+
+def test_answers_cut_at_their_limit_in_a_row_are_told_though_none_is_rare() -> None:
+    """One in eighty answers is as long as its limit lets it be: twenty of one user in a row are a run, twenty users
+    with one each are not."""
+    for users, told_users in ((1, 1), (20, 0)):
+        traffic = Traffic(23)
+        traffic.calm(0, 120)
+        for number in range(20):
+            traffic.one(121 + number / 2, 400 + number % users, 40, 48, 48)
+            traffic.events[-1] = msgspec.structs.replace(traffic.events[-1], finish_reason="length")
+        traffic.calm(121, 20)
+        found = [each for each in findings_of(traffic) if each.detector == "token_length"]
+        assert len({each.entity.id for each in found}) == told_users
+        if found:
+            assert found[-1].statistic.name == "run of long completions"
+            assert found[-1].counts["rare"] == 0
+            assert found[-1].counts["cut_at_limit_in_a_row"] >= 10
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(name="reports", digest="sha256:" + "5" * 64)])
+def test_each_adapter_has_its_own_usual_length(adapter: Adapter | None) -> None:
+    """Long answers of an adapter that always writes long ones are told of nobody; of the bare model they are."""
+    traffic = Traffic(24)
+    traffic.calm(0, 90)
+    for number in range(300):
+        traffic.one(number * 0.3, 30 + number % 30, 40, 512, traffic.rng.randint(350, 450))
+        long = Adapter(name="reports", digest="sha256:" + "5" * 64)
+        traffic.events[-1] = msgspec.structs.replace(traffic.events[-1], adapter=long)
+    begin = len(traffic.events)
+    traffic.long_answers(90, prompts=8, users=1)
+    traffic.events[begin:] = [msgspec.structs.replace(event, adapter=adapter) for event in traffic.events[begin:]]
+    traffic.calm(90, 20)
+    found = [each for each in findings_of(traffic) if each.detector == "token_length"]
+    assert bool(found) == (adapter is None)
+
+
+def test_many_users_of_one_prompt_size_at_once_are_each_others_second_signal() -> None:
+    """Eight users with four long answers each: High without any guard, and the summary says why."""
+    traffic = Traffic(25)
+    traffic.calm(0, 90)
+    traffic.long_answers(90, span_s=40, prompts=32, users=8)
+    traffic.calm(90, 50)
+    last = [each for each in findings_of(traffic) if each.detector == "token_length"][-1]
+    assert last.severity == "high"
+    assert last.counts["guard_suspected"] == 0
+    assert "other users of the same prompt size had such answers" in last.summary
