@@ -13,8 +13,8 @@ alone can't go below one in the bucket's size. Two charts a user (CUSUM, E. S. P
 They fade with half-lives of one and eight hours, and share the budget. On its own a finding is medium: length alone
 finds two thirds of the attacks at a precision of .4 (prevalence .1 %). It is high with a second signal: guards scored
 more of these completions above `signal_score` than chance allows (binomial, 1 in 100); or *peers*: several other users
-of this model, adapter and prompt size had a rare completion within the hour, too many for chance (Poisson, 1 in a
-million at twice the expected rate). One user alone against calm peers is what every finding says already, and no second
+of this model, adapter and prompt size had a rare completion within the hour, too many for chance (1 in 10,000 at
+twice the expected rate). One user alone against calm peers is what every finding says already, and no second
 signal; many at once are one cause: a shared extraction, or a rollout, which the finding then names.
 
 Cold start. Nothing before 100 completions of the model and adapter. First half hour: the threshold of runs is mostly

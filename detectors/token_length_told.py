@@ -21,7 +21,7 @@ RUN_EDGE: Final = 6.0
 """Of a run, in nats: what passes it is a peak."""
 PEERS_S: Final = 1_800
 PEERS_MIN: Final = 4
-PEERS_CHANCE: Final = 1e-6
+PEERS_CHANCE: Final = 1e-4
 SUSPECTED_CHANCE: Final = 0.01
 SUSPECTED_PRIOR: Final = 200.0
 """What the assumption that guards suspect 1 in 100 weighs, in completions."""

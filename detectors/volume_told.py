@@ -16,10 +16,10 @@ from detectors.rollup import Cell, Sample, add_all
 from detectors.time import SECOND_US
 from detectors.volume_book import MEASURES, RATIO_MIN
 
-PRIOR_MEAN_MILLI: Final = 500
-"""Assumed: who exceeds his past by 1.5 exceeds it by another factor of 1.65 on average."""
-PRIOR_PEAKS: Final = 10
-"""And ten do in a week."""
+PRIOR_MEAN_MILLI: Final = 350
+"""Assumed: who exceeds his past by 1.5 exceeds it by another factor of 1.4 on average."""
+PRIOR_PEAKS: Final = 6
+"""And six do in a week."""
 RATIO_TOLD: Final = 2.0
 """Less than twice the past is never told, however quiet a tenant is."""
 POPULATION_MIN: Final = 20

@@ -33,7 +33,7 @@ OTHERS: Final = others_than("token_length")
 PREVALENCE: Final = 0.001
 TURNS: Final = 10
 HIT, FALSE_HIT = 0.5, 0.01
-TRIALS: Final = 12
+TRIALS, TRIALS_BESIDE = 8, 3
 ATTACKER: Final = 1_000_000
 WEEK_S: Final = 7 * 86_400
 
@@ -181,7 +181,8 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
             continue
         trace = read(data)
         config = config_of(trace, case)
-        trials = [trial(trace, case, config, seed * 1_000 + turn) for turn in range(1 if quick else TRIALS)]
+        many = TRIALS if name == case.trace else TRIALS_BESIDE
+        trials = [trial(trace, case, config, seed * 1_000 + turn) for turn in range(1 if quick else many)]
         sums = {key: sum(each[key] for each in trials) for key in trials[0]}
         figures[name] = sums | {
             "budget_per_week": config.token_length.budget_per_week,

@@ -131,7 +131,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
     """Raw figures."""
     folder = data / "traces"
     rates, sizes = served(folder), lengths(folder)
-    tenants, weekly, weeks = (2, 10_000, 2) if quick else (5, 150_000, 2)
+    tenants, weekly, weeks = (2, 10_000, 2) if quick else (4, 100_000, 2)
     cold, later, events = 0, [], 0
     found: dict[int, list[float | None]] = {times: [] for times in FLOODS}
     for number in range(tenants):
@@ -156,7 +156,7 @@ def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
         "about": {
             "real": "ServeGen's rates and CV by client and ten minutes, Azure's lengths",
             "injected": "an hour at k times the client's own mean active rate, on top",
-            "simulated": "moments within ten minutes, to ten seconds; week two is week one drawn again; a client is a user",
+            "simulated": "moments within ten minutes; week two is week one drawn again; a client is a user",
         },
     }
 
