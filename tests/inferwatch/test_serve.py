@@ -99,12 +99,12 @@ def test_what_would_stop_the_collector_is_told_before_the_model_is_loaded(tmp_pa
     with pytest.raises(KeyProblem, match="there are no API keys"):
         serve(file, ["m"])
     file.write_text(away + keys)
-    with pytest.raises(KeyProblem, match="no such file of API keys"):
-        serve(file, ["m"])
-    add_api_key(tmp_path / "api-keys.toml", tenant="default", user="alice", on_behalf=False)
     with pytest.raises(KeyProblem, match=r"default\.key: no such key file"):
         serve(file, ["m"])
     create_key_file(tmp_path / "keys" / "default.key")
+    with pytest.raises(KeyProblem, match="no such file of API keys"):
+        serve(file, ["m"])
+    add_api_key(tmp_path / "api-keys.toml", tenant="default", user="alice", on_behalf=False)
     with pytest.raises(BrokerAway, match=r"no Kafka at 127\.0\.0\.1:9"):
         serve(file, ["m"])
 
