@@ -64,6 +64,16 @@ def quantile(weights: dict[int, float], share: float) -> float:
     return 0.0
 
 
+def share_above(weights: dict[int, float], value: float) -> float:
+    """The share of the weight above `value`, interpolated within its bucket; 0 for an empty histogram."""
+    bucket = bucket_of(int(value))
+    low, high = lower_edge(bucket), lower_edge(bucket + 1)
+    above = math.fsum(weight for other, weight in weights.items() if other > bucket)
+    above += weights.get(bucket, 0.0) * min(max((high - value) / (high - low), 0.0), 1.0)
+    whole = math.fsum(weights.values())
+    return above / whole if whole else 0.0
+
+
 def at_least(histogram: Histogram, bucket: int) -> int:
     """How many values lie in this bucket or above."""
     return sum(count for other, count in histogram.items() if other >= bucket)

@@ -12,16 +12,20 @@ of sd .12 a doubling is 5.8 standard deviations: the size of the effect decides,
 fifth.
 
 Beside it every window is compared with this key's own past by peaks over threshold (`detectors/spot.py`): hour of the
-week, load, five statistics sharing the budget. That finds a doubling that the noise hides from the rule above, smaller
+week, load, seven statistics sharing the budget. That finds a doubling that the noise hides from the rule above, smaller
 changes, and calls that became faster. The finding says which part grew (queue, reading, generation), whether one user's
 heavy requests or a load peak fits, and which statistic spoke.
 
-Baseline: past steps, two windows late, none of a slow window; halved when full. A level that lasts a day is normal.
+Baseline: past steps, two windows late, none of a slow window; halved every two weeks. A level that lasts a day is
+normal.
+
+Replay. A key younger than four weeks is replayed to the byte; of an older one the baseline holds some of what is
+further back, so figures may differ in their last digits.
 
 Cold start. Nothing in the first five windows. First day: no daily swing is known, so a daily load peak that doubles the
 median is told; nothing is judged against the past. First week: no weekly swing.
 
-Memory: a key holds at most 120 steps and 128 strata, about 300 KB when busy, and 8 KB of its past.
+Memory: a key holds at most 120 steps and 128 strata, about 300 KB when busy, and 12 KB of its past.
 """
 
 import math
@@ -33,11 +37,11 @@ import numpy as np
 from detectors.chunk import Chunk, Groups, bits
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo
-from detectors.histogram import quantile, upper_tail
+from detectors.histogram import quantile, share_above, upper_tail
 from detectors.latency_told import WEEK_S, Judgement, KeyState, slow_alarm, step_of, unusual_alarm
 from detectors.rollup import Cell, Partial, Signal, earliest, first, merge_offsets
-from detectors.spot import STATISTICS
-from detectors.strata import STRATA_MAX, Step, Stratum, above, known, standardised, teach
+from detectors.spot import STATISTICS, SUDDEN, SUDDEN_EASE, Seen
+from detectors.strata import STRATA_MAX, Step, Stratum, above, forget, known, standardised
 
 NAME: Final = "latency"
 METRICS: Final = ("total", "ttft", "queue", "per_token")
@@ -48,6 +52,9 @@ STEPS_MAX: Final = 60
 HISTORY_MAX: Final = 120
 HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02
+MEMORY_STEPS: Final = 100_800
+"""Steps with calls that a baseline remembers before it halves them: two weeks of steps of 12 s. Not calls, of which a
+busy model has as many in minutes."""
 PAST_S: Final = 86_400
 """Age from which a key's own past is judged by."""
 
@@ -182,22 +189,26 @@ class LatencyTwo(StageTwo):
         if window.calls < self._config.min_calls or not window.expected_us:
             return None
         minutes = max(steps[-1].index - steps[0].index + 1, STEPS) * self._step_s / 60
-        found = state.spot.judge(
+        seen = Seen(
             math.log(max(window.observed_us, 1.0) / max(window.expected_us, 1.0)),
             math.log(max(window.tail_ratio, 1e-3)) if window.tail_ratio else None,
+            window.slow_share,
             index * self._step_s // 3_600 % 168,
             math.log1p(calls / minutes),
         )
+        found = state.spot.judge(seen, math.log(self._config.ratio_min) / 2)
         age_s = index * self._step_s - state.first_s
         if not found or age_s < PAST_S:
             return None
         windows_a_week = state.spot.windows * WEEK_S / age_s
         needed = math.log10(windows_a_week * len(STATISTICS) / self._config.budget_per_week)
-        told = [name for name in found if state.spot.tells(name, found[name], needed)]
+        due = {name: needed - SUDDEN_EASE * (name in SUDDEN) for name in found}
+        told = [name for name in sorted(found) if state.spot.tells(name, found[name], due[name])]
         if not told:
             return None
-        statistic = max(told, key=lambda name: found[name])
-        return unusual_alarm(state, where, window, (statistic, found[statistic], needed), self._config)
+        statistic = max(told, key=lambda name: found[name] - due[name])
+        told_of = (statistic, found[statistic], due[statistic])
+        return unusual_alarm(state, where, window, told_of, self._config)
 
     def _window(self, state: KeyState, end: int) -> Judgement | None:
         """The shortest window that ends with step `end` and has enough calls to judge; None where there is none."""
@@ -221,10 +232,12 @@ class LatencyTwo(StageTwo):
         share = above(expected, limit) / max(math.fsum(expected.values()), 1.0)
         weigh = self._config.design_effect
         chance_ln = upper_tail(above(observed, limit) / weigh, calls / weigh, share)
-        tail = 0.0
+        observed_us, expected_us = quantile(observed, 0.5), quantile(expected, 0.5)
+        tail = slow_share = 0.0
         if calls >= self._config.tail_calls:
             tail = quantile(observed, 0.95) / max(quantile(expected, 0.95), 1.0)
-        return Judgement(calls, steps, quantile(observed, 0.5), quantile(expected, 0.5), tail, chance_ln)
+            slow_share = share_above(observed, observed_us * limit / max(expected_us, 1.0))
+        return Judgement(calls, steps, observed_us, expected_us, tail, slow_share, chance_ln)
 
     def _slow(self, state: KeyState, window: Judgement) -> bool:
         if len(state.history) < HISTORY_MIN or window.chance_ln >= math.log(0.05):
@@ -245,7 +258,7 @@ class LatencyTwo(StageTwo):
         """Steps two windows old enter the baseline unless they were slow; those too old for any window go."""
         lasted_s = 0 if state.slow_since_s is None else index * self._step_s - state.slow_since_s
         if lasted_s >= self._config.adopt_s:
-            state.baseline, state.history, state.slow_since_s = {}, [], None
+            state.baseline, state.history, state.slow_since_s, state.learned_steps = {}, [], None, 0
             for step in state.steps:
                 step.slow = step.learned = False
         for step in state.steps:
@@ -253,7 +266,11 @@ class LatencyTwo(StageTwo):
                 step.learned = True
                 for key, stratum in sorted(step.strata.items()):
                     if key in state.baseline or len(state.baseline) < STRATA_MAX:
-                        teach(state.baseline.setdefault(key, Stratum()), stratum)
+                        state.baseline.setdefault(key, Stratum()).absorb(stratum)
+                state.learned_steps += 1
+                if state.learned_steps >= MEMORY_STEPS:
+                    state.baseline = forget(state.baseline)
+                    state.learned_steps >>= 1
         while state.steps and state.steps[0].index <= index - 2 * STEPS_MAX:
             state.steps.pop(0)
 
@@ -271,7 +288,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="3",
+        version="4",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[
@@ -281,7 +298,7 @@ DETECTOR: Final = Detector(
         ],
         key=["tenant", "model", "stratum"],
         window_s=600,
-        lookback_s=86_400,
+        lookback_s=28 * 86_400,
     ),
     reads=frozenset(
         {"ok", "prompt_tokens", "response_tokens", "latency_ms", "ttft_ms", "queue_ms", "ms_per_output_token"}

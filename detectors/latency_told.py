@@ -18,11 +18,13 @@ WEEK_S: Final = 7 * 86_400
 HEAVY_SHARE: Final = 40
 """Percent of the prompt tokens from which one user is held to be the cause of a queue."""
 PARTS: Final = {
-    "level": "an unusual level",
+    "day": "an unusual level for this hour of the day",
+    "week": "an unusual level for this hour of the week",
+    "mean12": "an unusual mean of 12 windows",
+    "mean24": "an unusual mean of 24 windows",
     "jump": "a sudden rise of the median",
-    "tail": "a sudden rise of the slowest calls",
-    "mean": "an unusual mean of 24 windows",
-    "drift": "a change of level",
+    "tail": "a sudden rise of the 95th percentile",
+    "slowest": "a sudden rise in how many calls are slow beside the others",
 }
 
 
@@ -35,6 +37,8 @@ class KeyState(Struct):
     history: list[float] = []
     """ln(observed / expected median) of past windows that were not slow."""
     history_index: int = 0
+    learned_steps: int = 0
+    """Steps that `baseline` remembers."""
     slow_since_s: int | None = None
     spot: Spot = field(default_factory=Spot)
     spot_index: int = -1
@@ -49,6 +53,9 @@ class Judgement(Struct):
     observed_us: float
     expected_us: float
     tail_ratio: float
+    """Of the 95th percentiles; 0 where calls are too few for one."""
+    slow_share: float
+    """See `spot.Seen`."""
     chance_ln: float
 
     @property

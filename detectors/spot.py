@@ -1,14 +1,23 @@
 """Peaks over threshold of a window's latency: how improbable is it, given this key's own past?
 
-A window is one number, y = ln(observed / expected latency). Five statistics are made of it: its size, a jump of two
-adjoining windows above an AR(1) forecast, the same of the 95th percentile, the mean of 24 windows against its own past,
-and a smoothed deviation from the running mean. Each has a tail of its own past beyond its 98 % quantile, continued by
-an exponential; the least probable decides. Sources: A. Siffer et al., "Anomaly Detection in Streams with Extreme Value
-Theory", KDD 2017 (SPOT; DSPOT for the residuals), with shape 0, which is steadier on few peaks.
+A window is one number, y = ln(observed / expected latency), and its tail. Seven statistics are made of them.
 
-Residuals are to a slow level, the hour of the day, the hour of the week and the load, all learned online with clipped
-steps, so that a shift enters slowly. Cold start: nothing in the first `WARM` windows nor the first day; the hour of the
-week counts from the second week on. Memory: about 8 KB a key, most of it five histograms of at most 150 buckets.
+Four see what lasts or is large, on v = how many times more or less than expected (e^|y| - 1 with the sign of y: sizes
+count in proportion, so that a peak stands out as in the raw series): v less what its hour of the day explains, the same
+of the hour of the week, and the means of 12 and of 24 windows.
+
+Three see a sudden rise: the smaller of two adjoining windows' residuals of y above an AR(1) forecast; the same of the
+95th percentile; and the share of calls that are slow beside their own window's median (as an arcsine, so that its noise
+is even), of which the two smaller of three windows are added. Load moves a median and its tail together and cancels
+out, and in a heavy tail a share is steadier than a percentile.
+
+Each has a tail of its own past beyond its 98 % quantile, continued by an exponential; the least probable decides.
+Sources: A. Siffer et al., "Anomaly Detection in Streams with Extreme Value Theory", KDD 2017 (SPOT; DSPOT for the
+residuals), with shape 0, which is steadier on few peaks.
+
+Residuals are to a slow level, the hour and the load, all learned online with clipped steps, so that a shift enters
+slowly. Cold start: nothing in the first `WARM` windows nor the first day; the hour of the week counts from the second
+week on. Memory: about 12 KB a key, most of it seven histograms of at most 150 buckets.
 """
 
 import math
@@ -19,14 +28,18 @@ from msgspec import Struct, field
 from detectors.histogram import Histogram, bucket_of, halve, lower_edge
 
 WARM: Final = 250
+TRUSTING: Final = 600
+"""Windows from which on an improbable value is kept out of the past: before, the past itself is not known."""
+GUARD: Final = 4.5
+"""-log10 p from which on it is."""
 EDGE_SHARE: Final = 0.02
 """The share of the past that the exponential is fitted to."""
 REFIT: Final = 48
-TAIL_MAX: Final = 20_000
-"""Values a tail remembers before it halves them: two weeks of minutes."""
-SCALE_MIN: Final = 0.1
+TAIL_MAX: Final = 8_000
+"""Values a tail remembers before it halves them: five days of minutes."""
+SCALE_MIN: Final = 0.05
 """Least scale of the exponential, in edges: a past without peaks must not make the first one impossible."""
-MEAN_OF: Final = 24
+MEANS: Final = {"mean12": 12, "mean24": 24}
 RHO: Final = 0.9
 GAIN: Final = 0.4
 LOAD_BINS: Final = 24
@@ -35,8 +48,11 @@ WEEK_HOURS: Final = 168
 REST: Final = 100
 """Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
 REST_SUDDEN: Final = 20
-SUDDEN: Final = ("jump", "tail")
-STATISTICS: Final = ("level", "jump", "tail", "mean", "drift")
+SUDDEN: Final = ("jump", "tail", "slowest")
+SUDDEN_EASE: Final = 0.5
+"""-log10 p that a sudden rise needs less: in simulated calm three times as many as this asks for are rarer than due,
+since two or three windows have to agree."""
+STATISTICS: Final = ("day", "week", *MEANS, *SUDDEN)
 
 
 class Tail(Struct):
@@ -139,17 +155,55 @@ class Residual(Struct):
         return max(found, 0.0)
 
 
+class Profile(Struct):
+    """A number less its slow level and what is usual in its slot of the day or week."""
+
+    slots: int
+    level: float = 0.0
+    spread: float = 0.2
+    usual: list[float] = []
+    seen: list[int] = []
+
+    def of(self, value: float, slot: int) -> float:
+        """The residual; then learns it, in steps of at most two spreads."""
+        if not self.usual:
+            self.usual, self.seen, self.level = [0.0] * self.slots, [0] * self.slots, value
+        residual = value - self.level - self.usual[slot]
+        step = min(max(residual, -2 * self.spread), 2 * self.spread)
+        self.spread = max(self.spread + 0.005 * (1.25 * abs(step) - self.spread), 0.02)
+        self.level += 0.004 * step
+        self.seen[slot] += 1
+        self.usual[slot] += step * max(0.05, 1 / (self.seen[slot] + 3))
+        return residual
+
+
+class Seen(Struct, frozen=True):
+    """A window, as far as `Spot` looks at it."""
+
+    median_ln: float
+    """ln(observed / expected median)."""
+    high_ln: float | None
+    """The same of the 95th percentile; None where calls are too few for one."""
+    slow_share: float
+    """Share of calls above the window's own median times what the 90th percentile is usually above the median."""
+    hour: int
+    """Of the week."""
+    load: float
+    """ln(calls a minute + 1)."""
+
+
 class Spot(Struct):
     """The statistics of one key."""
 
     windows: int = 0
     median: Residual = field(default_factory=Residual)
     high: Residual = field(default_factory=Residual)
+    day: Profile = field(default_factory=lambda: Profile(HOURS))
+    week: Profile = field(default_factory=lambda: Profile(WEEK_HOURS))
+    share: Profile = field(default_factory=lambda: Profile(HOURS))
+    shares: list[float] = []
     recent: list[float] = []
-    mean: float = 0.0
-    mean_level: float = 0.0
-    fast: float = 0.0
-    drift: float = 0.0
+    mean_levels: dict[str, float] = {}
     tails: dict[str, Tail] = {}
     last: dict[str, tuple[int, float]] = {}
     """Of sudden and of lasting changes: the last window that was improbable enough, and the last told -log10 p."""
@@ -158,33 +212,42 @@ class Spot(Struct):
         """Whether the window just judged is to be told: once an episode, and again where it is half as bad again."""
         if found < needed:
             return False
-        family = "sudden" if statistic in SUDDEN else "lasting"
+        sudden = statistic in SUDDEN
+        family = "sudden" if sudden else "lasting"
         at, told = self.last.get(family, (-REST, 0.0))
-        again = self.windows - at < (REST_SUDDEN if family == "sudden" else REST)
+        again = self.windows - at < (REST_SUDDEN if sudden else REST)
         tells = not again or found >= 1.5 * told
         self.last[family] = (self.windows, found if tells else told)
         return tells
 
-    def judge(self, y: float, y_high: float | None, hour: int, load: float) -> dict[str, float]:
-        """-log10 p of each statistic; empty while warm. `y_high` is of the 95th percentile where there are enough."""
-        found = {"level": math.expm1(min(abs(y), 7.0)), "jump": self.median.jump(self.median.of(y, hour, load))}
-        if y_high is not None:
-            found["tail"] = self.high.jump(self.high.of(y_high, hour, load))
-        self.recent = [*self.recent, y][-MEAN_OF:]
-        mean = math.fsum(self.recent) / len(self.recent)
-        found["mean"] = abs(mean - self.mean_level)
-        self.mean_level += (mean - self.mean_level) / min(self.windows + 1, 1000)
-        self.drift += 0.15 * (y - self.fast - self.drift)
-        found["drift"] = abs(self.drift)
-        self.fast += 0.02 * (y - self.fast)
+    def judge(self, window: "Seen", rise_min: float) -> dict[str, float]:
+        """-log10 p of each statistic; empty while warm. A median or a 95th percentile that rose at once by less than
+        `rise_min` (in ln) is improbable by 0: however sure, it does not matter."""
+        y, hour, load = window.median_ln, window.hour, window.load
+        size = math.copysign(math.expm1(min(abs(y), 7.0)), y)
+        found = {
+            "jump": self.median.jump(self.median.of(y, hour, load)),
+            "day": abs(self.day.of(size, hour % HOURS)),
+            "week": abs(self.week.of(size, hour)),
+        }
+        if window.high_ln is not None:
+            found["tail"] = self.high.jump(self.high.of(window.high_ln, hour, load))
+            share = 2 * math.asin(math.sqrt(min(max(window.slow_share, 0.0), 1.0)))
+            self.shares = [*self.shares, self.share.of(share, hour % HOURS)][-3:]
+            found["slowest"] = max(math.fsum(sorted(self.shares)[:2]), 0.0) if len(self.shares) == 3 else 0.0
+        self.recent = [*self.recent, size][-max(MEANS.values()) :]
+        for name, windows in MEANS.items():
+            mine = self.recent[-windows:]
+            mean = math.fsum(mine) / len(mine)
+            level = self.mean_levels.get(name, 0.0)
+            found[name] = abs(mean - level)
+            self.mean_levels[name] = level + (mean - level) / (self.windows + 1)
         self.windows += 1
         told = {name: self.tails.setdefault(name, Tail()).improbability(value) for name, value in found.items()}
-        strongest = max(told.values())
         for name, value in found.items():
-            if self.windows <= WARM or told[name] < GUARD:
+            if self.windows <= TRUSTING or told[name] < GUARD:
                 self.tails[name].learn(value)
-        return told if self.windows > WARM and strongest else {}
-
-
-GUARD: Final = 4.0
-"""What is less probable is kept out of the past."""
+        for name in ("jump", "tail"):
+            if found.get(name, rise_min) < rise_min:
+                told[name] = 0.0
+        return told if self.windows > WARM else {}

@@ -16,7 +16,6 @@ from detectors.rollup import Cell, Sample, add_all
 
 STRATA_MAX: Final = 128
 STRATUM_CALLS_MIN: Final = 10
-STRATUM_CALLS_MAX: Final = 20_000
 Weights = dict[int, float]
 
 
@@ -77,9 +76,10 @@ def above(weights: Weights, value: float) -> float:
     return math.fsum(weight for other, weight in weights.items() if other > bucket)
 
 
-def teach(base: Stratum, seen: Stratum) -> None:
-    """Adds to a baseline; a full one is halved, which is how it forgets."""
-    base.absorb(seen)
-    if base.calls > STRATUM_CALLS_MAX:
-        base.calls >>= 1
-        base.metrics = {name: halve(histogram) for name, histogram in base.metrics.items()}
+def forget(baseline: dict[str, Stratum]) -> dict[str, Stratum]:
+    """Every count halved; strata that are then empty go."""
+    return {
+        key: Stratum(base.calls >> 1, {name: halve(histogram) for name, histogram in base.metrics.items()})
+        for key, base in baseline.items()
+        if base.calls > 1
+    }

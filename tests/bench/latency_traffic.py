@@ -15,13 +15,14 @@ from tests.bench.detection_pipe import SECOND_US, Calls, Floats, Ints, calls_of
 
 START_S: Final = 1_800_000_000 - 1_800_000_000 % (7 * 86_400)
 MINUTE_US: Final = 60 * SECOND_US
+STEP_US: Final = 12 * SECOND_US
 LIGHT_BELOW: Final = 0.6
 """A provider's tail is light where its 95th percentile is below exp(.6) times the median."""
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """Calls and when they were made slower: (begin, end, kind) in µs."""
+    """Calls and when they were made slower: (begin, end of the third window, kind) in µs."""
 
     calls: Calls
     shifts: list[tuple[int, int, str]]
@@ -50,8 +51,8 @@ def shifted(
 ) -> Shifted:
     """A daily swing of load, queueing with it, AR(1) noise of sd .12 a minute, one-minute hiccups (one a week).
 
-    After days of learning and days of calm, in the last days a doubling of ten windows every five hours, in turn of the
-    whole distribution and of an eighth of the calls, which is what doubles the 95th percentile.
+    After days of learning and days of calm, in the last days a doubling of ten windows every five hours, from the start
+    of a window on, in turn of the whole distribution and of an eighth of the calls, which doubles the 95th percentile.
     """
     minutes = sum(days) * 1_440
     at = np.arange(minutes)
@@ -69,22 +70,39 @@ def shifted(
     part = np.sort(rng.integers(0, 5, len(minute_of)) + 5 * minute_of)
     moment = START_S * SECOND_US + part * 12 * SECOND_US + np.arange(len(part)) % 1_000_000
     log_ms = np.log(800.0) + slower[part // 5] + 0.7 * rng.choice(residual, len(part))
-    ten_windows = int(10 * max(1, np.ceil(calls_min / per_min)))
+    starts = window_starts(np.bincount(part, minlength=5 * minutes), calls_min)
     shifts = []
-    for turn, begin in enumerate(range((days[0] + days[1]) * 1_440 + 60, minutes - ten_windows, 300)):
+    for turn, minute in enumerate(range((days[0] + days[1]) * 1_440 + 60, minutes - 300, 300)):
         kind = ("whole", "tail")[turn % 2]
-        mine = np.flatnonzero((part // 5 >= begin) & (part // 5 < begin + ten_windows))
+        number_of = int(np.searchsorted(starts, 5 * minute))
+        if number_of + 10 >= len(starts):
+            break
+        begin, third, end = (int(starts[number_of + more]) for more in (0, 3, 10))
+        mine = np.flatnonzero((part >= begin) & (part < end))
         if kind == "tail":
             mine = mine[rng.random(len(mine)) < 0.12]
             log_ms[mine] = np.maximum(log_ms[mine], np.log(800.0) + slower[part[mine] // 5])
             log_ms[mine] += 0.7 * np.quantile(residual, 0.95)
         log_ms[mine] += np.log(2)
-        edges = [START_S * SECOND_US + edge * MINUTE_US for edge in (begin, begin + ten_windows)]
+        edges = [START_S * SECOND_US + edge * STEP_US for edge in (begin, third)]
         shifts.append((edges[0], edges[1], kind))
     day_us = 1_440 * MINUTE_US
     calm = (START_S * SECOND_US + days[0] * day_us, START_S * SECOND_US + (days[0] + days[1]) * day_us)
     order = np.argsort(moment, kind="stable")
     return Shifted(calls_of(moment[order], np.exp(log_ms[order])), shifts, calm)
+
+
+def window_starts(calls: Ints, calls_min: int) -> Ints:
+    """The step that each window begins with, of calls a step of 12 s: a window is at least what is left of its minute
+    and ends with the step that has brought its last due call, as the detector cuts them."""
+    starts, due = [0], 0
+    for step, number in enumerate(calls.tolist()):
+        due += number
+        begun = starts[-1] - 1
+        if number and due >= calls_min and (step // 5 != begun // 5 or step % 5 == 4):
+            starts.append(step + 1)
+            due = 0
+    return np.array(starts, np.int64)
 
 
 def nezha(data: Path) -> tuple[Calls, list[tuple[int, int, str]]]:

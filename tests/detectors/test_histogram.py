@@ -15,6 +15,7 @@ from detectors.histogram import (
     halve,
     lower_edge,
     quantile,
+    share_above,
     total,
     upper_tail,
 )
@@ -93,3 +94,13 @@ def test_many_values_at_once_are_in_the_buckets_of_each() -> None:
     """At every edge, around it, and beyond both ends."""
     values = [-5, 0, *(2**n + step for n in range(45) for step in (-1, 0, 1)), *(lower_edge(b) for b in range(352))]
     assert buckets_of(np.array(values, np.int64)).tolist() == [bucket_of(value) for value in values]
+
+
+@given(st.lists(st.integers(16, 10**6), min_size=1, max_size=200), st.integers(16, 10**6))
+def test_the_share_above_a_value_is_right_to_its_bucket(values: list[int], value: int) -> None:
+    """Between the share of values in higher buckets and that of values in its own or a higher one."""
+    found = share_above(dict(histogram_of(values).items()), value)
+    buckets = [bucket_of(each) for each in values]
+    above = sum(each > bucket_of(value) for each in buckets) / len(values)
+    within = sum(each >= bucket_of(value) for each in buckets) / len(values)
+    assert above - 1e-9 <= found <= within + 1e-9
