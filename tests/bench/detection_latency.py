@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from detectors.catalogue import cards
 from detectors.config import DetectConfig
 from tests.bench.detection_pipe import SECOND_US, Ints, calls_of, passed
 from tests.bench.latency_traffic import LIGHT_BELOW, MINUTE_US, nezha, residuals, shifted
@@ -27,7 +28,7 @@ WINDOW_S: Final = 300
 CALLS: Final = 10
 BUDGET: Final = 3.0
 ALONE: Final[dict[str, Any]] = {
-    name: {"enabled": False} for name in ("block_rate", "campaign", "probing", "token_length")
+    name: {"enabled": False} for name in cards() if name != "latency" and name in DetectConfig.model_fields
 } | {"time": {"silence_max_ms": 10**12}}
 """Without heartbeats between points of a series its lane would die every time, which changes nothing but the cost."""
 NAB_CONFIG: Final = {"window_s": WINDOW_S, "min_calls": CALLS, "ratio_min": 1e6, "budget_per_week": BUDGET}

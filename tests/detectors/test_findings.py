@@ -109,7 +109,7 @@ def test_heavier_prompts_alone_are_no_slow_model() -> None:
         while at_s < begin_s + 60:
             traffic.one(at_s, 30, 3_000, 48, 30)
             at_s += 2.0 if begin_s == 0 else 0.25
-    assert findings_of(traffic) == []
+    assert [each for each in findings_of(traffic) if each.detector == "latency"] == []
 
 
 def test_one_slow_window_is_no_finding() -> None:
