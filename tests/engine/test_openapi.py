@@ -42,8 +42,8 @@ def test_every_request_that_the_schema_allows_has_its_events(server: Server) -> 
             gone += 1
             return
         route = VLLM.find(case.method.upper(), case.path)
-        watched = route is None or route.handling != "harmless"
-        if watched or answer.status_code == 401:
+        harmless = route is not None and route.handling == "harmless" and answer.status_code != 401
+        if not harmless and not answer.text.startswith("Invalid HTTP"):  # uvicorn's own refusal: no gate saw it
             answered.add(answer.headers["inferwatch-request-id"])
         if not headers and case.path != "/health":
             assert answer.status_code == 401
