@@ -291,3 +291,31 @@ def test_a_third_party_checks_a_proof(tmp_path: Path) -> None:
     assert root is not None
     assert root.hex() == checkpoint.root
     assert signed_by(SIGNER.public_key, checkpoint.signature, signed_bytes(checkpoint))
+
+
+def test_records_that_no_checkpoint_lists_are_held_by_the_chain(tmp_path: Path) -> None:
+    """A process died after its journal let go of a checkpoint: the next part begins later, and its head fixes them."""
+    clock, randomness = Clock(), chance(8)
+    journal = Journal(config_in(tmp_path, segment_bytes=1_000_000, bytes_max=10_000_000), "boot-1")
+    book = Book(journal, collector_id="host-1", model_version="tiny@1", clock_us=clock)
+    for partition in range(PARTITIONS):
+        book.control(partition, Hello)
+    checkpoints = Checkpoints(book, SIGNER)
+    for turn in range(40):
+        clock.us += randomness.randrange(1, 9_000_000)
+        book.finish(book.begin("u_1", turn % 2, KNOWN), AuditEvent, {"status": "ok"})
+        book.control(turn % 2, Heartbeat)
+        if turn == 20:
+            checkpoints.make()
+    for lane in book.lanes.values():
+        lane.cover(lane.next)
+    checkpoints.make(final=True)
+    for partition in range(PARTITIONS):
+        book.control(partition, Goodbye)
+    log = raws(journal)
+    journal.close()
+    assert verify(log).verdict == "sound"
+    at = next(i for i, raw in enumerate(log[0]) if decode(raw).seq == 32 or (i > 30 and raw[9:12] == b"inf"))
+    changed, _ = _change(log[0], at)
+    assert verify({**log, 0: changed}).verdict == "broken"
+    assert verify({**log, 0: _rehash(changed, at + 1)}).verdict == "broken"

@@ -24,6 +24,7 @@ CHILD = r"""
 import os, sys, threading
 from pathlib import Path
 from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
+from collector.kafka import KafkaConfig
 from collector.publisher import Publisher
 server, prefix, folder, key_file = sys.argv[1:]
 publisher = Publisher(
@@ -79,7 +80,7 @@ def _kills(make: Maker, folder: Path, kills: int) -> None:
     for partition, raws in read_raw(make.kafka).items():
         verification.feed(partition, raws, range(len(raws)))
     report = verification.report()
-    assert (report.verdict, report.problems) == ("sound", [])
+    assert (report.problems, report.verdict) == ([], "sound")
     assert (report.boots, report.unsigned_records) == (kills + 1, 0)
 
 
