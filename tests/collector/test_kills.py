@@ -81,7 +81,8 @@ def _kills(make: Maker, folder: Path, kills: int) -> None:
         verification.feed(partition, raws, range(len(raws)))
     report = verification.report()
     assert (report.problems, report.verdict) == ([], "sound")
-    assert (report.boots, report.unsigned_records) == (kills + 1, 0)
+    assert 1 < report.boots <= kills + 1  # some died before their hello
+    assert report.unsigned_records == 0
 
 
 @pytest.mark.long
