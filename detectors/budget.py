@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 BUDGET: Final = "2.5 per week per tenant"
 WEEKS: Final = {"day": 1 / 7, "week": 1.0, "month": 365.25 / 12 / 7}
 _FORM: Final = re.compile(r"(\d{1,6}(?:\.\d{1,6})?) per (day|week|month) per tenant")
-NATS_A_DECADE: Final = 7.0
-"""probing: a tenth of the false alarms asks 7 nats more (in simulation 13.3 flagged 0.01 % of sessions, 6.3 0.1 %)."""
+NATS_A_DECADE: Final = (1.8, 4.0)
+"""probing: ten times the false alarms take 1.8 nats off the default, a tenth of them asks 4 more: the rarer, the more
+of them are jobs with a bad day, whose evidence is large (in simulation, `tests/bench/detection_probing.py`)."""
 
 
 class Part(Struct, frozen=True):
@@ -60,8 +61,8 @@ PARTS: Final = (
         "probing",
         0.16,
         "threshold",
-        lambda default, times: round(max(default - NATS_A_DECADE * math.log10(times), 1.0), 2),
-        "4,000 benign sessions a week and tenant, of which the default flags 0.01 %; 7 nats more flag a tenth",
+        lambda default, times: round(max(default - NATS_A_DECADE[times < 1] * math.log10(times), 1.0), 2),
+        "4,000 benign sessions a week and tenant, of which the default flags 0.01 %; 4 nats more flag a tenth",
     ),
     Part(
         "token_length",

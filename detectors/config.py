@@ -172,26 +172,52 @@ class ProbingConfig(_Table):
     """Sessions and users that try variations until one passes."""
 
     enabled: bool = True
-    prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed of an unknown client.")
-    prior_prompts: float = Field(50.0, gt=0, description="Weight of that assumption, in prompts.")
-    attack_rate: float = Field(0.3, gt=0, lt=1, description="Block rate of a client that probes, at least.")
-    slow_half_life_s: int = Field(
-        10 * 86_400, ge=60, description="Half-life of the evidence against a user who tries for weeks."
+    threshold: float = Field(
+        4.5, gt=0, description="Evidence in nats; docs/detection.md has the share of honest sessions flagged."
     )
-    slow_factor: float = Field(2.0, ge=1, le=4, description="Evidence of that kind is told from so many thresholds.")
+    half_life_s: int = Field(86_400, ge=60, description="Half-life of the evidence.")
+    prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed of an unknown client.")
+    prior_prompts: float = Field(100.0, gt=0, description="Weight of that assumption, in prompts.")
+    prior_shape: float = Field(
+        0.3,
+        gt=0,
+        le=100,
+        description="How alike clients are: the smaller, the more of them are never or often blocked.",
+    )
+    attack_rate: float = Field(0.2, gt=0, lt=1, description="Block rate of a client that probes, at least.")
+    retry_rate: float = Field(
+        0.3, ge=0, lt=1, description="Block rate of what an honest client rewords right after a block."
+    )
+    retry_s: int = Field(300, ge=0, description="How long after a block that is.")
+    retries_max: int = Field(3, ge=0, description="How many rewordings in a row; further ones are as any prompt.")
     swing: float = Field(
         1.5, ge=1, le=4, description="How many times its usual block rate a client has on a day of honest work."
     )
-    stranger_extra: float = Field(
-        0.4, ge=0, le=4, description="Evidence that a client without a past needs beyond the threshold, in thresholds."
+    learn_prompts: int = Field(
+        64, ge=8, description="After so many different prompts at once the client's usual rate is learned anew."
     )
-    half_life_s: int = Field(86_400, ge=60, description="Half-life of the evidence.")
-    threshold: float = Field(
-        11.7, gt=0, description="Evidence in nats; docs/detection.md has the share of honest sessions flagged."
+    record_share: float = Field(
+        0.35,
+        ge=0,
+        le=1,
+        description="How much of a client's highest evidence of earlier days is added to his threshold.",
     )
+    slow_half_life_s: int = Field(
+        14 * 86_400, ge=60, description="Half-life of the evidence against a user who tries for weeks."
+    )
+    slow_extra: float = Field(5.5, ge=0, description="Evidence of that kind is told from so many nats more.")
+    cold_s: int = Field(3 * 86_400, ge=0, description="How long after its first event a tenant is new.")
+    cold_extra: float = Field(
+        4.0, ge=0, description="Evidence that is asked for on top while a tenant is new, in nats."
+    )
+    cold_clients_max: int = Field(
+        5, ge=0, description="Clients that are told while a tenant is new; others are counted."
+    )
+    tenants_max: int = Field(10_000, ge=1, description="Tenants remembered an engine; more are never new.")
     same_prompt: float = Field(
         0.95, gt=0, le=1, description="Estimated Jaccard similarity from which two prompts are one."
     )
+    like_prompt: float = Field(0.3, gt=0, le=1, description="The same from which one is a rewording of the other.")
     prompts_max: int = Field(16, ge=1, le=64, description="Recent prompts remembered an entity with evidence.")
     suspects_max: int = Field(50_000, ge=2, description="Users with evidence against them, a partition.")
     idle_s: int = Field(30 * 86_400, ge=60, description="A user or session unseen for longer is forgotten.")

@@ -50,6 +50,8 @@ class Alarm(Struct, frozen=True, kw_only=True):
     """Whether the strongest alarm of an episode describes it. Else the newest does, since its counts go on growing."""
     replay_us: tuple[int, int] | None = None
     """What to read again, where it is not the episode's own time; for all detectors and tenants."""
+    replay_from_us: int | None = None
+    """Where a replay must begin at the latest, where the card's lookback is too short for this entity."""
 
 
 class StageOne:

@@ -118,6 +118,8 @@ def replay_command(detector: str, alarm: Alarm, start_us: int, lookback_s: int) 
     if alarm.replay_us is None:
         words += ["--detector", detector, "--tenant", alarm.tenant]
     begin_us, end_us = alarm.replay_us or (start_us - lookback_s * SECOND_US, alarm.at_us)
+    if alarm.replay_from_us is not None:
+        begin_us = min(begin_us, alarm.replay_from_us)
     return shlex.join([*words, "--from", _second(begin_us), "--to", _second(end_us + SECOND_US)])
 
 
@@ -136,6 +138,7 @@ def joined(old: Alarm, new: Alarm) -> Alarm:
         spoken,
         at_us=new.at_us,
         replay_us=new.replay_us and (min(begin_us, new.replay_us[0]), max(end_us, new.replay_us[1])),
+        replay_from_us=new.replay_from_us and min(new.replay_from_us, old.replay_from_us or new.replay_from_us),
         offsets=offsets,
         samples=earliest([*old.samples, *new.samples]),
         severity=max(old.severity, new.severity, key=RANK.__getitem__),

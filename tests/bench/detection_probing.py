@@ -8,8 +8,11 @@ were never blocked can't be flagged: runs that choose thresholds leave out their
 runs have everything. Ablations and curves are read off signals, thresholds chosen anew for each.
 """
 
+import math
+import multiprocessing
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,26 +24,32 @@ from tests.bench.probing_clients import DAY_S, NOVEL, Client, population, probin
 from tests.bench.probing_log import SECOND_US, START_S, Passed, moments_us, only_probing, passed, user_of
 
 DAYS: Final = 10
-CLIENTS: Final = 5_000
-ATTACKS: Final = 100
-SHARES: Final = {"0.01 %": 1e-4, "0.1 %": 1e-3}
-GUARDS: Final = (0.66, 0.3, 0.1)
+CLIENTS: Final = 2_000
+WORKERS: Final = 6
+ATTACKS: Final = {0.66: 100, 0.3: 100, 0.1: 30}
+"""A row of the table, by the share that the guard blocks."""
+SHARES: Final = {"0.01 %": (1e-4, (0.66,)), "0.1 %": (1e-3, (0.3, 0.1))}
+"""Honest sessions that may be flagged, and the guards whose attacks are injected there."""
 COVERS: Final = (0, 4)
 KNOWN_DAYS: Final = {"stranger": 0.0, "known": 7.0}
 BEGINS_DAY: Final = {"burst": 8.0, "10 min": 8.0, "1 h": 7.0, "1 d": 7.0}
 WITHIN: Final = {
     "burst": ("attempts", 10, 20), "10 min": ("hours", 3, 12), "1 h": ("hours", 24, 72), "1 d": ("hours", 240, 720),
 }  # fmt: skip
-FLOOR: Final = 3.0
+FLOOR: Final = 1.5
 """Threshold of the runs that choose thresholds: weaker signals are not needed."""
 COLD, WARM = (0.0, 3 * DAY_S), (7 * DAY_S, 10 * DAY_S)
+WINDOWS: Final = {"first 3 days": COLD, "days 8 to 10": WARM}
 ABLATIONS: Final[dict[str, dict[str, Any]]] = {
     "all signals": {},
     "no past of the client's own": {"prior_prompts": 1e12},
     "no fading": {"half_life_s": 10**9, "slow_half_life_s": 10**9},
-    "slow evidence told as soon as the rest": {"slow_factor": 1.0},
+    "rewording after a block as any other prompt": {"retry_s": 0},
+    "every rewording after a block as the first": {"retries_max": 10**6},
+    "no slow evidence": {"slow_extra": 1e6},
     "no allowance for swings": {"swing": 1.0},
-    "no higher bar for strangers": {"stranger_extra": 0.0},
+    "no bar from the client's own record": {"record_share": 0.0},
+    "long runs not learned": {"learn_prompts": 10**9},
 }
 SAME_ABLATION: Final = "likeness of prompts hidden"
 FIGURES: Final = (
@@ -58,7 +67,7 @@ class Attack(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What was said of a client at a moment, and how strongly: evidence over its bar."""
+    """What was said of a client at a moment, and the threshold in nats that would just have been passed."""
 
     user: str
     at_us: int
@@ -71,8 +80,8 @@ def config_of(**probing_settings: Any) -> DetectConfig:
     return DetectConfig.model_validate(only_probing() | settings)
 
 
-def attacks_of(number: int, seed: int, guards: Sequence[float] = GUARDS) -> list[Attack]:
-    """`number` of each style, guard, cover and past."""
+def attacks_of(seed: int, guards: Sequence[float], part: float = 1.0) -> list[Attack]:
+    """`ATTACKS` of each style, guard, cover and past, or a part of them."""
     rng = random.Random(seed)  # noqa: S311 seeded on purpose
     found = []
     for style, begin_day in BEGINS_DAY.items():
@@ -80,7 +89,7 @@ def attacks_of(number: int, seed: int, guards: Sequence[float] = GUARDS) -> list
             for cover in COVERS:
                 for known, days in KNOWN_DAYS.items():
                     name = f"{style}, guard {guard:.0%}, cover {cover}, {known}"
-                    for _ in range(number):
+                    for _ in range(math.ceil(ATTACKS[guard] * part)):
                         begin_s = (begin_day + rng.random()) * DAY_S
                         client = probing(style, begin_s, rng, guard=guard, cover=cover, past_days=days)
                         found.append(Attack(name, style, client))
@@ -129,14 +138,14 @@ def threshold_for(share: float, rows: Sequence[tuple[float, float, str]], total:
     for strength, weight, _ in rows:
         room -= weight
         if room < 0:
-            return FLOOR * strength + 1e-6
+            return strength + 1e-3
     return FLOOR
 
 
 def of_signals(out: Passed) -> list[Told]:
     """What stage 1 said."""
     return [
-        Told(each.entity.id.partition("/")[0], each.last_seen_us, each.observed_milli / each.counts["bar_milli"])
+        Told(each.entity.id.partition("/")[0], each.last_seen_us, each.counts["most_milli"] / 1_000)
         for each in out.signals
         if each.kind == "probing"
     ]
@@ -175,14 +184,23 @@ def recall(told: Sequence[Told], attacks: Sequence[Attack], numbers: Sequence[in
     return rows
 
 
-def floor_run(
-    clients: Sequence[Client], attacks: Sequence[Attack], settings: dict[str, Any]
-) -> tuple[list[Told], list[Client], range, range]:
+class Run(NamedTuple):
     """Signals with the low threshold, of honest clients who were ever blocked and of attacks."""
+
+    told: list[Told]
+    clients: Sequence[Client]
+    """All honest ones."""
+    ever: list[Client]
+    honest: range
+    probers: range
+
+
+def floor_run(clients: Sequence[Client], attacks: Sequence[Attack], settings: dict[str, Any]) -> Run:
+    """Through stage 1."""
     ever = [client for client in clients if client.blocked.any()]
     everyone = [*ever, *(attack.client for attack in attacks)]
-    out = passed(everyone, range(len(everyone)), config_of(**settings, threshold=FLOOR))
-    return of_signals(out), ever, range(len(ever)), range(len(ever), len(everyone))
+    out = passed(everyone, range(len(everyone)), config_of(**settings, threshold=FLOOR), told=False)
+    return Run(of_signals(out), clients, ever, range(len(ever)), range(len(ever), len(everyone)))
 
 
 def scored(clients: Sequence[Client], attacks: Sequence[Attack], threshold: float) -> dict[str, Any]:
@@ -190,16 +208,29 @@ def scored(clients: Sequence[Client], attacks: Sequence[Attack], threshold: floa
     everyone = [*clients, *(attack.client for attack in attacks)]
     out = passed(everyone, range(len(everyone)), config_of(threshold=threshold))
     told, honest = of_findings(out), range(len(clients))
-    shares = {
-        name: share_of(flagged(told, clients, honest, window), sessions_of(clients, window))
-        for name, window in (("first 3 days", COLD), ("days 8 to 10", WARM))
-    }
+    rows = {name: flagged(told, clients, honest, window) for name, window in WINDOWS.items()}
     return {
         "threshold_nats": round(threshold, 2),
         "events": out.events,
         "findings": len(out.findings),
-        "honest_sessions_flagged": shares,
+        "honest_sessions_flagged": {
+            name: share_of(rows[name], sessions_of(clients, window)) for name, window in WINDOWS.items()
+        },
+        "honest_sessions_told_unweighted": {name: len(found) for name, found in rows.items()},
         "recall": recall(told, attacks, range(len(clients), len(everyone)), 1.0),
+    }
+
+
+def cold_of(run: Run, threshold: float, attacks: Sequence[Attack]) -> dict[str, Any]:
+    """What the bars of new clients and tenants do, read off signals: the cap on clients told is stage 2's alone."""
+    rows, total = flagged(run.told, run.ever, run.honest, COLD), sessions_of(run.clients, COLD)
+    extra = DetectConfig().probing.cold_extra
+    found = recall(run.told, attacks, run.probers, threshold + extra)
+    return {
+        "clients in their first 3 days, where the tenant is no longer new": share_of(rows, total, threshold),
+        "the same, tenant new, but without the cap on clients": share_of(rows, total, threshold + extra),
+        "recall, tenant new": {name: row for name, row in found.items() if name.endswith("stranger")},
+        "sessions a client in 3 days": round(total, 2),
     }
 
 
@@ -208,73 +239,85 @@ def hidden(client: Client) -> Client:
     return replace(client, prompt=np.full_like(client.prompt, NOVEL))
 
 
-def ablations(clients: Sequence[Client], attacks: Sequence[Attack]) -> dict[str, Any]:
-    """Each signal off in turn, the threshold chosen anew: recall at 0.01 %, guard blocking 66 %."""
-    found: dict[str, Any] = {}
-    total = sessions_of(clients, WARM)
-
-    def one(those: Sequence[Client], tries: Sequence[Attack], settings: dict[str, Any]) -> dict[str, Any]:
-        told, ever, honest, probers = floor_run(those, tries, settings)
-        threshold = threshold_for(SHARES["0.01 %"], flagged(told, ever, honest, WARM), total)
-        cold = share_of(flagged(told, ever, honest, COLD), sessions_of(clients, COLD), threshold / FLOOR)["all"]
-        rows = recall(told, tries, probers, threshold / FLOOR)
-        return {"threshold_nats": round(threshold, 1), "first 3 days flagged": cold, "recall": rows}
-
-    for name, settings in ABLATIONS.items():
-        found[name] = one(clients, attacks, settings)
-    bare = [attack._replace(client=hidden(attack.client)) for attack in attacks]
-    found[SAME_ABLATION] = one([hidden(client) for client in clients], bare, {})
-    return found
+def ablation(clients: Sequence[Client], attacks: Sequence[Attack], name: str) -> dict[str, Any]:
+    """One signal off, the threshold chosen anew: recall at 0.1 %, guard blocking 66 %."""
+    total, settings = sessions_of(clients, WARM), ABLATIONS.get(name, {})
+    if name == SAME_ABLATION:
+        clients = [hidden(client) for client in clients]
+        attacks = [attack._replace(client=hidden(attack.client)) for attack in attacks]
+    run = floor_run(clients, attacks, settings)
+    threshold = threshold_for(1e-3, flagged(run.told, run.ever, run.honest, WARM), total)
+    cold = share_of(flagged(run.told, run.ever, run.honest, COLD), sessions_of(clients, COLD), threshold)["all"]
+    rows = recall(run.told, attacks, run.probers, threshold)
+    return {"threshold_nats": round(threshold, 1), "new clients flagged": cold, "recall": rows}
 
 
 def curves(
-    chosen: Sequence[tuple[float, float, str]],
-    total: float,
-    scored_on: tuple[list[Told], list[Client], range, range],
-    clients: Sequence[Client],
-    attacks: Sequence[Attack],
+    chosen: Sequence[tuple[float, float, str]], total: float, run: Run, attacks: Sequence[Attack]
 ) -> list[dict[str, Any]]:
     """For several shares asked for: the threshold, the share measured on another seed, and recall there."""
-    told, ever, honest, probers = scored_on
-    warm, sessions = flagged(told, ever, honest, WARM), sessions_of(clients, WARM)
+    warm, sessions = flagged(run.told, run.ever, run.honest, WARM), sessions_of(run.clients, WARM)
     rows = []
     for share in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3):
         threshold = threshold_for(share, chosen, total)
-        least = threshold / FLOOR
         rows.append({
             "asked": share,
             "threshold_nats": round(threshold, 2),
-            "measured": share_of(warm, sessions, least)["all"],
-            "recall": recall(told, attacks, probers, least),
+            "measured": share_of(warm, sessions, threshold)["all"],
+            "recall": recall(run.told, attacks, run.probers, threshold),
         })  # fmt: skip
     return rows
 
 
+_given: dict[str, Any] = {}
+"""What the jobs share: set before they are forked."""
+
+
+def _job(name: str) -> dict[str, Any]:
+    """One of the runs that need the thresholds."""
+    seed, part, chosen, total = _given["seed"], _given["part"], _given["chosen"], _given["total"]
+    fresh = _given["fresh"]
+    if name in SHARES:
+        share, guards = SHARES[name]
+        return scored(fresh, attacks_of(seed + 2_000, guards, part), threshold_for(share, chosen, total))
+    if name == "curves":
+        both = attacks_of(seed + 5_000, (0.66, 0.3), part / 3)
+        run = floor_run(fresh, both, {})
+        return {
+            "cold": cold_of(run, threshold_for(1e-4, chosen, total), both),
+            "curves": curves(chosen, total, run, both),
+        }
+    return ablation(fresh[::4], attacks_of(seed + 6_000, (0.66,), part / 6), name)
+
+
 def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:  # every part is given the data
-    """All figures. Five thousand honest clients for ten days are 1.6 million events; with `quick` a hundred."""
-    clients, number = (100, 1) if quick else (CLIENTS, ATTACKS)
+    """All figures. 2,000 honest clients for ten days are 640,000 events; with `quick` a hundred."""
+    clients, part = (100, 0.01) if quick else (CLIENTS, 1.0)
     calm = population(clients, DAYS, seed + 1_000)
-    told, ever, honest, _ = floor_run(calm, [], {})
-    chosen, total = flagged(told, ever, honest, WARM), sessions_of(calm, WARM)
-    fresh = population(clients, DAYS, seed)
-    attacks = attacks_of(number, seed + 2_000)
-    figures: dict[str, Any] = {
+    quiet = floor_run(calm, [], {})
+    _given.update(
+        seed=seed,
+        part=part,
+        chosen=flagged(quiet.told, quiet.ever, quiet.honest, WARM),
+        total=sessions_of(calm, WARM),
+        fresh=population(clients, DAYS, seed),
+    )
+    names = [*SHARES, "curves", *ABLATIONS, SAME_ABLATION]
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
+        found = dict(zip(names, pool.map(_job, names), strict=True))
+    return {
         "about": {
             "real": "nothing: who is blocked by mistake and how attacks are paced is simulated",
             "injected": "all attacks, labelled",
             "honest_clients": clients,
             "honest_sessions_chosen_on": sum(len(np.unique(c.sessions())) for c in calm),
-            "attacks_a_row": number,
+            "attacks_a_row": {f"guard {guard:.0%}": number for guard, number in ATTACKS.items()},
             "thresholds": f"chosen on seed {seed + 1_000}, scored on seed {seed}",
         },
-        "at": {name: scored(fresh, attacks, threshold_for(share, chosen, total)) for name, share in SHARES.items()},
+        "at": {name: found[name] for name in SHARES},
+        **found["curves"],
+        "ablations": {name: found[name] for name in (*ABLATIONS, SAME_ABLATION)},
     }
-    few, some = (clients, 1) if quick else (3 * clients // 5, max(number // 2, 1))
-    other, tries = population(few, DAYS, seed + 3_000), attacks_of(some, seed + 4_000, GUARDS[:1])
-    figures["ablations"] = ablations(other, tries)
-    both = attacks_of(some, seed + 5_000, GUARDS[:2])
-    figures["curves"] = curves(chosen, total, floor_run(other, both, {}), other, both)
-    return figures
 
 
 def _low(rows: dict[str, Any], style: str, guard: str, cover: int, limit: str) -> float:
@@ -288,7 +331,7 @@ def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
     strict, loose = figures["at"]["0.01 %"], figures["at"]["0.1 %"]
     rows = strict["recall"]
     cold = strict["honest_sessions_flagged"]["first 3 days"]["all"]
-    warm = max(strict["honest_sessions_flagged"]["days 8 to 10"]["all"], SHARES["0.01 %"])
+    warm = max(strict["honest_sessions_flagged"]["days 8 to 10"]["all"], SHARES["0.01 %"][0])
     first: dict[str, Any] = {
         "burst in 20": _low(rows, "burst", "66%", 0, "20 attempts"),
         "burst in 10": _low(rows, "burst", "66%", 0, "10 attempts"),
@@ -298,6 +341,7 @@ def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
         "covered: one in 10 min in 3 h": _low(rows, "10 min", "66%", 4, "3 hours"),
         "covered: one an hour in 24 h": _low(rows, "1 h", "66%", 4, "24 hours"),
         "cold start, times": round(cold / warm, 2),
+        "one a day in 30 d": _low(rows, "1 d", "66%", 0, "720 hours"),
         "sessions flagged": strict["honest_sessions_flagged"]["days 8 to 10"]["all"],
     }
     least = dict(zip(first, (0.95, 0.6, 0.95, 0.95, 0.9, 0.9, 0.9), strict=False))

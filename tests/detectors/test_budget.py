@@ -19,7 +19,7 @@ def test_half_the_budget_makes_every_detector_stricter() -> None:
     assert strict.latency.budget_per_week == usual.latency.budget_per_week / 2
     assert strict.token_length.budget_per_week == usual.token_length.budget_per_week / 2
     assert strict.volume.budget_per_week == usual.volume.budget_per_week / 2
-    assert strict.probing.threshold == pytest.approx(usual.probing.threshold + 2.107, abs=0.01)
+    assert strict.probing.threshold == pytest.approx(usual.probing.threshold + 1.204, abs=0.01)
     assert strict.campaign.users_min == usual.campaign.users_min + 1
     assert all(part.compiled for part in explain(strict))
 

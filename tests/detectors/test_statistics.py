@@ -26,9 +26,8 @@ def honest_clients(rate: float, prompt: int, seed: int) -> list[Client]:
 
 def excursions_told(clients: list[Client], threshold: float) -> int:
     """Runs of evidence, from nothing back to nothing, of which stage 1 sent a signal."""
-    config = DetectConfig.model_validate(
-        only_probing() | {"probing": {"threshold": threshold, "stranger_extra": 0.0, "swing": 1.0, "slow_factor": 4.0}}
-    )
+    settings = {"threshold": threshold, "record_share": 0.0, "swing": 1.0, "slow_extra": 1e6}
+    config = DetectConfig.model_validate(only_probing() | {"probing": settings})
     signals = passed(clients, range(len(clients)), config).signals
     return len({(each.entity.id, each.first_seen_us) for each in signals if each.kind == "probing"})
 
