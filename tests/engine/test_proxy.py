@@ -4,7 +4,6 @@ Long: `.venv-engine/bin/python -m pytest tests/engine/test_proxy.py`.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 
@@ -96,7 +95,7 @@ def test_hostile_http_reaches_the_real_engine_only_with_a_key_and_an_event(serve
     good = {"model": MODEL, "messages": PROMPT, "max_tokens": 1}
     asyncio.run(send_all(int(server.url.rpartition(":")[2]), sent))
     headers = {"authorization": f"Bearer {server.site.api_key}"}
-    httpx.post(f"{server.url}{CHAT.decode()}", content=json.dumps(good), headers=headers, timeout=60).raise_for_status()
+    httpx.post(f"{server.url}{CHAT.decode()}", json=good, headers=headers, timeout=60).raise_for_status()
     events = server.settled(50, before, timeout_s=20)
     worked = [event for event in events if type(event) is AuditEvent]
     assert len(worked) == counters.engine_requests - begun == 1
