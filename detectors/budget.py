@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 BUDGET: Final = "2.5 per week per tenant"
 WEEKS: Final = {"day": 1 / 7, "week": 1.0, "month": 365.25 / 12 / 7}
 _FORM: Final = re.compile(r"(\d{1,6}(?:\.\d{1,6})?) per (day|week|month) per tenant")
-NATS_A_DECADE: Final = (1.8, 4.0)
-"""probing: ten times the false alarms take 1.8 nats off the default, a tenth of them asks 4 more: the rarer, the more
-of them are jobs with a bad day, whose evidence is large (in simulation, `tests/bench/detection_probing.py`)."""
+NATS_A_DECADE: Final = (1.9, 5.4)
+"""probing, in the simulation of `tests/bench/detection_probing.py`: ten times the false alarms took 1.9 nats off
+(0.01 % of honest sessions at 5.52, 0.1 % at 3.61), half of them asked 1.62 more (0.005 % at 7.14), as if 5.4 for a
+tenth: the rarer, the more of them are jobs with a bad day, whose evidence is large. Below half it is extrapolated."""
+NATS_MIN: Final = 2.3
+"""probing: the loosest that was measured, for fifty times the default (0.5 %). A larger budget asks no less."""
 
 
 class Part(Struct, frozen=True):
@@ -61,8 +64,9 @@ PARTS: Final = (
         "probing",
         0.16,
         "threshold",
-        lambda default, times: round(max(default - NATS_A_DECADE[times < 1] * math.log10(times), 1.0), 2),
-        "4,000 benign sessions a week and tenant, of which the default flags 0.01 %; 4 nats more flag a tenth",
+        lambda default, times: round(max(default - NATS_A_DECADE[times < 1] * math.log10(times), NATS_MIN), 2),
+        "4,000 benign sessions a week and tenant, of which the default flags 0.01 %, as in simulation; below half of"
+        " the default budget extrapolated, above fifty times it stays at 2.3, since nothing looser was measured",
     ),
     Part(
         "token_length",

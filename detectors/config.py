@@ -173,7 +173,7 @@ class ProbingConfig(_Table):
 
     enabled: bool = True
     threshold: float = Field(
-        4.5, gt=0, description="Evidence in nats; docs/detection.md has the share of honest sessions flagged."
+        5.5, gt=0, description="Evidence in nats; docs/detection.md has the share of honest sessions flagged."
     )
     half_life_s: int = Field(86_400, ge=60, description="Half-life of the evidence.")
     prior_rate: float = Field(0.02, gt=0, lt=0.5, description="Block rate assumed of an unknown client.")

@@ -3,20 +3,21 @@
 Method. Log-likelihood ratios of *distinct* prompts (`probing_evidence.py`): how much likelier is this run of verdicts
 from a client of whom one in five is blocked than from this client as he was before the run began? A prompt sent before
 (equal digest, or MinHash similarity of at least .95) weighs nothing, so a retried or re-sent prompt is no evidence. One
-that rewords what was blocked within five minutes is compared with what honest people's rewordings have blocked, three
-in ten: a misunderstood question that is asked three times more is hardly more than one block. Who rewords it a fourth
-time and again no longer passes for that. Evidence fades with a half-life of a
-day, so one an hour still adds up. What goes on for 20 h, or for 64 prompts, is learned as usual, and half of the
-evidence goes. A client who came close to the bar on earlier days without being an attacker has a higher one.
-Who tries once a day is found by a second statistic over weeks, which learns nothing on the way and looks at one prompt
-an hour.
+that rewords what was blocked within five minutes is compared with an assumed three in ten of honest people's rewordings
+blocked: a misunderstood question that is asked three times more is hardly more than one block. A fourth rewording in a
+row weighs as any other prompt. Evidence fades with a half-life of a day, so one an hour still adds up. What goes on for
+20 h, or for 64 prompts, is learned as usual, and half of the evidence goes. A client who came close to the bar on
+earlier days without being an attacker has a higher one. For who tries once a day there is a second statistic over
+weeks, which learns nothing on the way and looks at one prompt an hour. In simulation it finds most of them who have an
+honest past where guards block two attempts in three, few strangers, and hardly anybody where they block one in ten.
 
 A session is told first; its user only when no session of his is told, that is, when he spreads it over sessions.
 Without blocks there is no evidence: a guard that stops nothing lets this detector see nothing. Pace and guard scores
-are not used: bursts of honest batch jobs are as even as those of attackers.
+are not used, and what they would add was not measured.
 
 Cold start. A stranger is compared with an assumed 2 %. While a tenant is new (three days) only five of its clients are
-told, on four nats more; a red-team job looks like an attack until 64 prompts of it were learned.
+told, the first ones, on four nats more. The rest is counted as withheld, an attacker among them too. A red-team job
+looks like an attack until 64 prompts of it were learned.
 
 Memory: 41 bytes a user; 900 a user and 300 a session with evidence, and at most 17 prompts of 350 bytes such a user.
 """
@@ -270,7 +271,7 @@ _decoder: Final = msgspec.msgpack.Decoder(_Dumped)
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="4",
+        version="5",
         atlas=["AML.T0051.000", "AML.T0054", "AML.T0040"],
         owasp=["LLM01"],
         runbook=[

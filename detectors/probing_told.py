@@ -2,7 +2,8 @@
 
 A tenant's first three days are no measure of its clients: all are strangers, red-team jobs and agents too. Until
 `cold_s` after a tenant's first event more evidence is asked for, and only so many clients are told at all, those that
-come first; the rest is counted. So at most that many findings' worth of false alarms, whatever the tenant is like.
+come first; the rest is counted. So false alarms are about that many clients at most, whatever the tenant is like; and
+whoever raises as many first hides an attacker until then.
 """
 
 import math

@@ -46,7 +46,8 @@ def drawn(title: str, lines: Mapping[str, Points], *, across: str, upwards: str,
     for number, (name, points) in enumerate(lines.items()):
         tone = TONES[number % len(TONES)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{tone}" stroke-width="2"/>')
+        dashes = ' stroke-dasharray="6 6"' * (number % 2)  # where two lines are one both are seen
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{tone}" stroke-width="2"{dashes}/>')
         parts.append(f'<text x="{LEFT + wide + 10}" y="{TOP + 14 + 18 * number}" fill="{tone}">{name}</text>')
     parts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 12}" text-anchor="middle">{across}</text>')
     parts.append(f'<text transform="translate(16 {TOP + high / 2}) rotate(-90)" text-anchor="middle">{upwards}</text>')
@@ -58,7 +59,7 @@ def pictures(figures: dict[str, Any]) -> dict[str, str]:
     curves = figures["probing"]["curves"]
     asked = [row["asked"] for row in curves]
     calibration = {
-        "measured": [(row["asked"], row["measured"]) for row in curves],
+        "measured": [(row["asked"], row["measured"]) for row in curves if row["measured"] > 0],
         "as asked": [(share, share) for share in asked],
     }
     rows = {

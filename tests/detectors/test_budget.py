@@ -19,9 +19,16 @@ def test_half_the_budget_makes_every_detector_stricter() -> None:
     assert strict.latency.budget_per_week == usual.latency.budget_per_week / 2
     assert strict.token_length.budget_per_week == usual.token_length.budget_per_week / 2
     assert strict.volume.budget_per_week == usual.volume.budget_per_week / 2
-    assert strict.probing.threshold == pytest.approx(usual.probing.threshold + 1.204, abs=0.01)
+    assert strict.probing.threshold == pytest.approx(usual.probing.threshold + 1.626, abs=0.01)
     assert strict.campaign.users_min == usual.campaign.users_min + 1
     assert all(part.compiled for part in explain(strict))
+
+
+@pytest.mark.parametrize(("times", "nats"), [(0.5, 7.14), (1, 5.52), (10, 3.61), (50, 2.3), (5_000, 2.3)])
+def test_the_threshold_of_probing_follows_what_was_measured_and_goes_no_lower(times: float, nats: float) -> None:
+    """Within a twentieth of a nat of the simulation; above fifty times the budget nothing was measured."""
+    config = DetectConfig(alert_budget=f"{2.5 * times} per week per tenant")
+    assert config.probing.threshold == pytest.approx(nats, abs=0.05)
 
 
 def test_a_setting_of_the_operators_own_stays() -> None:

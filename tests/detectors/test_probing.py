@@ -21,7 +21,7 @@ DAY_S = 86_400
 def signal(user: str, second: int, nats: float) -> Signal:
     """What stage 1 would say of a stranger with so much evidence."""
     counts = {"prompts": 9, "distinct": 9, "blocks": 8, "own_rate_ppm": 20_000, "past_prompts": 0, "slow": 0}
-    counts |= {"bar_milli": 4_500, "most_milli": round(nats * 1_000), "known_s": second - 60}
+    counts |= {"bar_milli": 5_500, "most_milli": round(nats * 1_000), "known_s": second - 60}
     entity = Entity(kind="session", id=f"{user}/s_1")
     moment_us = second * SECOND_US
     return Signal(
@@ -45,14 +45,14 @@ def test_while_a_tenant_is_new_few_clients_are_told_on_more_evidence_and_the_res
     told = [bool(half.signal(signal(f"u_{number}", 2_000 + number, 12.0))) for number in range(8)]
     assert told == [True] * CONFIG.cold_clients_max + [False] * 3
     (again,) = half.signal(signal("u_0", 3_000, 12.0))
-    assert (again.statistic.threshold, again.confidence) == (8.5, "medium")
+    assert (again.statistic.threshold, again.confidence) == (9.5, "medium")
     assert again.cold_start.startswith(COLD_TENANT)
     assert half.counters == {"withheld": 4}
     restored = ProbingTwo(DetectConfig())
     restored.restore(half.snapshot())
     assert restored.signal(signal("u_7", 3_001, 12.0)) == []
     (later,) = restored.signal(signal("u_7", 1_000 + CONFIG.cold_s, weak))
-    assert (later.statistic.threshold, COLD_TENANT in later.cold_start) == (4.5, False)
+    assert (later.statistic.threshold, COLD_TENANT in later.cold_start) == (5.5, False)
 
 
 def test_a_tenant_seen_by_another_partition_later_is_not_new_again() -> None:

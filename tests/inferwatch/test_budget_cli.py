@@ -19,8 +19,8 @@ def test_it_prints_each_detectors_share_and_setting(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.output
     told = orjson.loads(answer.stdout)
     rows = {row["detector"]: row for row in told["detectors"]}
-    assert set(rows) == {"block_rate", "campaign", "latency", "probing", "token_length"}
-    assert (rows["block_rate"]["value"], rows["block_rate"]["from"]) == (0.25, "budget")
+    assert set(rows) == {"block_rate", "campaign", "latency", "probing", "token_length", "volume"}
+    assert (rows["block_rate"]["value"], rows["block_rate"]["from"]) == (0.2, "budget")
     assert (rows["probing"]["value"], rows["probing"]["from"]) == (6.3, "operator")
     assert {row["false_a_week"] for row in rows.values()} == {None}
     plain = CliRunner().invoke(app, ["budget", "explain", "--no-measure", "--config", str(file)], terminal_width=200)
