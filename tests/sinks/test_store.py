@@ -25,7 +25,8 @@ COUNTS = (
 
 @pytest.fixture
 def config(tmp_path):
-    return StoreConfig(url=f"chdb://{tmp_path}/store", readers=2, query_timeout_s=5)
+    kept = {"events_days": 36_500, "rollup_days": 36_500, "findings_days": 36_500}  # the samples have a fixed date
+    return StoreConfig(url=f"chdb://{tmp_path}/store", readers=2, query_timeout_s=5, **kept)
 
 
 @pytest.fixture
@@ -162,15 +163,17 @@ def test_hostile_values_come_back(store, name):
 
 def test_status_keeps_the_newest_of_each_process(store):
     """As streams writes it; a record without a time is an error that names the field."""
+    now = datetime.now(UTC).replace(microsecond=0)  # what is older than the days of status goes at any merge
+    behind = now - timedelta(milliseconds=500)
     record = {
-        "process_id": "p", "role": "store", "at": "2026-11-20T12:00:00.000+00:00", "version": "1", "lag": 7,
+        "process_id": "p", "role": "store", "at": (now - timedelta(seconds=10)).isoformat(), "version": "1", "lag": 7,
         "watermark": "", "late": 1, "drops": 0, "extra": {"any": "thing"},
     }  # fmt: skip
-    newer = record | {"at": "2026-11-20T12:00:10.000+00:00", "watermark": "2026-11-20T11:59:59.500+00:00", "lag": 0}
+    newer = record | {"at": now.isoformat(), "watermark": behind.isoformat(timespec="milliseconds"), "lag": 0}
     store.insert_status([newer], token="1")
     store.insert_status([record], token="0")
     assert store.query("SELECT process_id, lag, watermark, drops FROM process_status") == [
-        {"process_id": "p", "lag": 0, "watermark": START - timedelta(milliseconds=500), "drops": 0}
+        {"process_id": "p", "lag": 0, "watermark": behind, "drops": 0}
     ]
     with pytest.raises(msgspec.ValidationError, match="role"):
         store.insert_status([{"process_id": "p", "at": record["at"]}], token="2")
