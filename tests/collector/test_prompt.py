@@ -4,8 +4,10 @@ import random
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from collector.prompt import PromptView, TooDeep, Turn, rendered_view, views
+from collector.prompt import PromptView, TooDeep, Turn, _find, rendered_view, views
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -202,3 +204,10 @@ def test_no_shape_of_body_breaks_the_reader() -> None:
             for view in views(operation, body):
                 assert isinstance(view.new + view.system, str)
                 assert all(isinstance(text, str) for _, text in view.texts(all_roles=True))
+
+
+@given(st.text("ab", max_size=300), st.text("ab", max_size=100), st.integers(0, 60))
+def test_a_long_line_is_found_where_it_stands_first(text: str, line: str, start: int) -> None:
+    """Also where its beginning stands earlier, without the rest."""
+    inside = text[start : start + 90] or line
+    assert [_find(text, each, start) for each in (line, inside)] == [text.find(each, start) for each in (line, inside)]
