@@ -4,10 +4,12 @@
 
 One uvicorn process, one small ASGI app in the place of vLLM's: it reads a chat, asks `AsyncLLM.generate` for the answer
 and writes it as JSON or as a stream of events. `AsyncLLM.generate` itself is replaced by a generator that yields ready
-outputs before the plugin wraps it, so the wrapper, the gate, the journal and the producer are the deployed ones. With
-`wrapped`, `INFERWATCH_CONFIG` names the configuration.
+outputs before the plugin wraps it, so the wrapper, the gate, the journal and the producer are the deployed ones. It
+reports what it finished to the plugin's stat logger, as vLLM does. With `wrapped`, `INFERWATCH_CONFIG` names the
+configuration.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import AsyncGenerator
@@ -20,13 +22,28 @@ from vllm.v1.engine.async_llm import AsyncLLM
 _LETTERS_A_TOKEN = 4
 
 
-async def _generate(_self: AsyncLLM, _prompt: Any, params: Any, _request_id: str) -> AsyncGenerator[Any, None]:
+_numbers = itertools.count()
+_loggers: list[Any] = []
+"""The plugin's stat logger; none in the bare server."""
+
+
+async def _generate(_self: AsyncLLM, _prompt: Any, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
     """What the engine yields: one output for a whole answer, one for each token of a stream."""
-    if params.output_kind.name == "FINAL_ONLY":
+    for logger in _loggers:
+        logger.record(None, SimpleNamespace(finished_requests=[SimpleNamespace(request_id=request_id)]))
+    if params.output_kind.name == "DELTA":
+        for place in range(params.max_tokens):
+            yield _output([0], "a", finished=place == params.max_tokens - 1)
+    else:
         yield _output([0] * params.max_tokens, "a" * params.max_tokens, finished=True)
-        return
-    for place in range(params.max_tokens):
-        yield _output([0], "a", finished=place == params.max_tokens - 1)
+
+
+async def _tasks(_self: AsyncLLM) -> tuple[str, ...]:
+    return ("generate",)
+
+
+def _tokenizer(_self: AsyncLLM) -> Any:
+    return SimpleNamespace(encode=lambda text: [0] * len(text), decode=lambda ids: "a" * len(ids))
 
 
 def _output(token_ids: list[int], text: str, *, finished: bool) -> Any:
@@ -68,7 +85,7 @@ class App:
         kind = SimpleNamespace(name="DELTA" if body["stream"] else "FINAL_ONLY")
         params = SimpleNamespace(max_tokens=body["max_tokens"], n=1, output_kind=kind, detokenize=True)
         prompt = {"type": "token", "prompt_token_ids": [0] * (len(text) // _LETTERS_A_TOKEN), "prompt": text}
-        outputs = self.state.engine_client.generate(prompt, params, "request")
+        outputs = self.state.engine_client.generate(prompt, params, f"chatcmpl-{next(_numbers)}")
         if body["stream"]:
             await send(_start(b"text/event-stream"))
             async for output in outputs:
@@ -100,7 +117,8 @@ async def _answer(send: Any, pieces: list[bytes], content_type: bytes) -> None:
 def main() -> None:
     """Serve until SIGTERM."""
     kind, port = sys.argv[1], int(sys.argv[2])
-    AsyncLLM.generate = _generate  # type: ignore[method-assign, assignment]  # the stand-in
+    for name, stand_in in {"generate": _generate, "get_supported_tasks": _tasks, "get_tokenizer": _tokenizer}.items():
+        setattr(AsyncLLM, name, stand_in)
     engine = object.__new__(AsyncLLM)
     engine.model_config = SimpleNamespace(  # type: ignore[assignment]  # what `identify` reads of it
         served_model_name="stand-in", model="stand-in", revision=None, tokenizer="stand-in"
@@ -108,9 +126,14 @@ def main() -> None:
     app: Any = App(engine)
     outer = app
     if kind == "wrapped":
+        from collector.engine.counting import EngineCount
         from inferwatch.vllm import Gate, register
 
         register()
+        _loggers.append(EngineCount(None))
+        engine.logger_manager = SimpleNamespace(  # type: ignore[assignment]  # where the plugin looks for its logger
+            stat_loggers=[SimpleNamespace(per_engine_stat_loggers=_loggers)]
+        )
         outer = Gate(app)
 
     async def served(scope: Any, receive: Any, send: Any) -> None:
