@@ -17,15 +17,17 @@ failure: str | None = None
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes: puts the audit round the engine.
+    """Called by vLLM in each of its processes: puts the audit round the engine, and keeps prompts out of crash dumps.
 
     Raises ServeRefused where this vLLM would open a road that has no gate; what a plugin raises stops the process.
     """
     if os.environ.get(CONFIG_VARIABLE):
-        from collector.engine import install  # noqa: PLC0415 - nothing of ours is loaded where we are not wanted
+        from collector import cores  # noqa: PLC0415 - nothing of ours is loaded where we are not wanted
+        from collector.engine import install  # noqa: PLC0415
         from inferwatch.refused import check_process  # noqa: PLC0415
 
         check_process(sys.argv, os.environ)
+        cores.forbid()
         install(_open)
 
 

@@ -91,6 +91,8 @@ def test_nothing_begun_is_lost_and_no_text_leaves(site: Site, start: Callable[[]
     end it is in no topic, journal, log or metric.
     """
     first = start()
+    limits = Path(f"/proc/{first.process.pid}/limits").read_text()
+    assert re.search(r"Max core file size +0 ", limits), "a crash dump would hold prompts"
     seen = b""
     with first.client() as client:
         answered = client.post("/v1/chat/completions", json={**stream(4), "stream": False})
