@@ -11,7 +11,9 @@ Doublings: real are the residuals, injected the doublings, simulated load and no
 settings but for `min_calls` and `tail_calls`. A provider has too few calls for two halves: residuals are drawn anew.
 """
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -166,16 +168,22 @@ def faults(data: Path) -> dict[str, Any]:
 
 
 def measure(data: Path, seed: int, *, quick: bool) -> dict[str, Any]:
-    """Raw figures."""
-    return {
+    """Raw figures; each part's are told on stderr as it ends, so that a run cut short has them."""
+    told: dict[str, Any] = {
         "about": {
             "real": "NAB values, LLMPerf residuals, Nezha spans",
             "injected": "doublings; load and noise simulated",
-        },
-        "nab": nab(data, seed, quick=quick),
-        "doubling": doublings(data, seed, quick=quick),
-        "nezha": faults(data),
+        }
     }
+    parts = {
+        "nab": partial(nab, data, seed, quick=quick),
+        "doubling": partial(doublings, data, seed, quick=quick),
+        "nezha": partial(faults, data),
+    }
+    for name, part in parts.items():
+        told[name] = part()
+        print(json.dumps({name: told[name]}, ensure_ascii=False), file=sys.stderr, flush=True)
+    return told
 
 
 def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
