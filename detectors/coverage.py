@@ -179,8 +179,7 @@ DETECTOR: Final = Detector(
         atlas=[],
         owasp=[],
         runbook=[
-            "Is the collector alive, and does its journal still hold what is missing? `inferwatch status` names it.",
-            "Compare its clock with the broker's; was a machine suspended or its time set?",
+            "Is the collector alive, its clock right, the missing still in its journal? See `inferwatch status`.",
             "Unaudited inference: what else runs in the server's process, and who may reach its engine?",
             "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
         ],

@@ -50,7 +50,7 @@ def last_beats(site: Site) -> list[Heartbeat]:
 
 
 POOLING: dict[str, dict[str, Any]] = {
-    "/v2/embed": {"texts": ["one", "two"], "input_type": "search_query"},
+    "/v2/embed": {"texts": ["one", "two"]},
     "/pooling": {"input": "one", "task": "embed"},
     "/score": {"queries": "one", "documents": ["two", "three"]},
     "/v1/score": {"queries": "one", "documents": "two"},
