@@ -1,6 +1,6 @@
 """Roads that need an engine of their own: a pooling model, two server processes, `run-batch`, the offline `LLM`.
 
-Each starts vLLM anew, half a minute and more, so they are marked long.
+Each starts vLLM anew: the pooling model's half a minute, so it is marked long, the others more, so make soak runs them.
 """
 
 import json
@@ -22,8 +22,6 @@ from collector.routes import ROUTES
 from tests.engine.asking import chat
 from tests.engine.conftest import FLAGS, MODEL, Site, make_site
 from tests.engine.serving import ROOT, Process
-
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture
@@ -61,6 +59,7 @@ POOLING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 def test_every_road_of_a_pooling_model_has_its_events(site: Site, model: Path) -> None:
     """Embeddings by the official client, lists, token ids; pooling, scores, ranks: as many as the engine counts."""
     process = Process(site, model, "--runner", "pooling", "--convert", "embed")
@@ -90,6 +89,7 @@ def test_every_road_of_a_pooling_model_has_its_events(site: Site, model: Path) -
         process.kill()
 
 
+@pytest.mark.soak
 def test_two_server_processes_are_two_whole_audits(site: Site, model: Path) -> None:
     """`--api-server-count 2`: each tests itself, has its own boot, and says goodbye; together they miss nothing."""
     process = Process(site, model, "--api-server-count", "2")
@@ -133,6 +133,7 @@ def run(site: Site, *command: str, timeout_s: float = 300) -> str:
     return done.stdout
 
 
+@pytest.mark.soak
 def test_run_batch_is_audited_without_a_gate(site: Site, model: Path, tmp_path: Path) -> None:
     """Three lines of a file: three events of nobody, judged as rendered; a clean end says goodbye."""
     bodies = [chat(), chat(n=2), chat(messages=[{"role": "user", "content": "another"}])]
@@ -189,6 +190,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("kind", ["generate", "pooling"])
+@pytest.mark.soak
 def test_the_offline_llm_is_audited(site: Site, model: Path, tmp_path: Path, kind: str) -> None:
     """generate, chat, beam search (one event a prompt), an abort, a blocked prompt; embed and score."""
     script = tmp_path / "offline.py"
