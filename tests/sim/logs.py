@@ -23,7 +23,7 @@ CONFIG = DetectConfig(
     time=TimeConfig(gap_max_ms=1_000, silence_max_ms=8_000, tick_lag_ms=5_000),
     lifecycle=LifecycleConfig(quiet_s=4, update_s=2),
     latency=LatencyConfig(window_s=5, min_calls=10),
-    probing=ProbingConfig(threshold=3.0),
+    probing=ProbingConfig(threshold=3.0, cold_extra=0, cold_clients_max=100),
 )
 """Thresholds so low that a short log has findings that open, change and close."""
 LATE_EVENTS = 2
