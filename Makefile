@@ -60,7 +60,7 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	  python=.venv/bin/python; [ $$name = collector ] && python=.venv-engine/bin/python; $$python -m tests.bench.$$name --json; done
 
 soak-short: .venv/.made ## tests marked long, 2,000 simulated schedules, the crash battery of 22 rounds
-	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors tests/hostile tests/integration/test_proxy.py
+	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors
 	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
 	INFERWATCH_SCHEDULES=2000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
 	.venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)

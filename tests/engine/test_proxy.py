@@ -16,7 +16,6 @@ from tests.collector.proxying import Front, fronting
 from tests.engine.conftest import MODEL, Server
 from tests.hostile.wire import CHAT, cases, send_all
 
-pytestmark = pytest.mark.long
 PROMPT = [{"role": "user", "content": "hello there"}]
 EOS = {"ignore_eos": True}
 SAME = ("status", "operation", "route", "response_tokens", "prompt_tokens", "max_tokens", "n", "trace_id")
@@ -29,6 +28,7 @@ def front(server: Server) -> Iterator[Front]:
         yield made
 
 
+@pytest.mark.long
 def test_both_events_of_a_request_agree(server: Server, front: Front) -> None:
     """Whole, streamed, several choices, several prompts: counts, settings and trace are the same."""
     before = server.mark()
@@ -60,6 +60,7 @@ def test_both_events_of_a_request_agree(server: Server, front: Front) -> None:
     assert streamed.ttft_ms >= behind.ttft_ms
 
 
+@pytest.mark.long
 def test_a_blocked_prompt_stops_at_the_proxy_and_a_client_that_goes_stops_the_engine(
     server: Server, front: Front
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_blocked_prompt_stops_at_the_proxy_and_a_client_that_goes_stops_the_en
     assert front.events[-1].response_tokens < 1500
 
 
+@pytest.mark.soak
 def test_hostile_http_reaches_the_real_engine_only_with_a_key_and_an_event(server: Server) -> None:
     """The cases of tests/hostile against vLLM's own app: engine requests and rejections are the events."""
     before = server.mark()

@@ -129,7 +129,7 @@ def test_nothing_reaches_the_server_behind_the_proxy_without_a_key_or_an_event()
         assert all(body["model"] == "m" for body in behind.reached)
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(6_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [300, pytest.param(6_000, marks=pytest.mark.soak)])
 def test_mutations_of_a_good_request_do_not_get_in_either(count: int) -> None:
     """Random damage, by the seed printed."""
     print(f"seed {SEED}")

@@ -162,7 +162,7 @@ def in_flight(process: Process, upstream: Ollama) -> Iterator[None]:
     "by",
     [
         signal.SIGABRT,
-        *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGTERM, signal.SIGSEGV, signal.SIGKILL)),
+        *(pytest.param(other, marks=pytest.mark.soak) for other in (signal.SIGTERM, signal.SIGSEGV, signal.SIGKILL)),
     ],
 )
 def test_no_word_of_a_client_is_in_any_output(

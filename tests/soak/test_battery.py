@@ -33,7 +33,10 @@ pytestmark = [pytest.mark.kafka, pytest.mark.soak]
 
 ROUNDS = int(os.environ.get("INFERWATCH_SOAK_ROUNDS", "22"))
 SEED = int(os.environ.get("INFERWATCH_SOAK_SEED", "1"))
-DETECT = DetectConfig(lifecycle=LifecycleConfig(quiet_s=20, update_s=5), probing=ProbingConfig(threshold=5.0))
+DETECT = DetectConfig(
+    lifecycle=LifecycleConfig(quiet_s=20, update_s=5),
+    probing=ProbingConfig(threshold=5.0, cold_extra=0, cold_clients_max=100),
+)
 """Findings in every round: they open, change and close within a minute of events."""
 SESSION_S = 2.0
 ROUND_EVENTS_S = 60
