@@ -36,9 +36,9 @@ class StoreConfig(_Settings):
         description="A folder or `chdb:///PATH` for chDB; `http://USER@HOST:8123/DATABASE` or https for a server.",
     )
     password_file: Path | None = Field(None, description="Holds the server user's password.")
-    events_days: int = Field(90, ge=1, le=36500, description="Days that events are kept, by the broker's time.")
-    rollup_days: int = Field(400, ge=1, le=36500, description="Days that the minute counters are kept.")
-    findings_days: int = Field(400, ge=1, le=36500, description="Days that findings are kept after their last change.")
+    events_days: int = Field(90, ge=1, le=18250, description="Days that events are kept, by the broker's time.")
+    rollup_days: int = Field(400, ge=1, le=18250, description="Days that the minute counters are kept.")
+    findings_days: int = Field(400, ge=1, le=18250, description="Days that findings are kept after their last change.")
     status_days: int = Field(2, ge=1, le=365, description="Days that a silent process stays in the status table.")
     memory_max_mb: int = Field(2048, ge=256, le=1_048_576, description="Most memory that chDB may take, in MiB.")
     threads_max: int = Field(2, ge=1, le=256, description="Most threads that one query may use.")

@@ -74,6 +74,8 @@ def event_columns(rows: Sequence[StoredEvent]) -> Columns:
         "kind": ["rejection" if isinstance(event, Rejection) else "inference" for event in events],
         "adapter_name": [None if event.adapter is None else event.adapter.name for event in events],
         "adapter_digest": ["" if event.adapter is None else event.adapter.digest for event in events],
+        "media": [msgspec.json.encode(event.media).decode() if event.media else "" for event in events],
+        "media_count": [event.media_count for event in events],
         "kafka_partition": [row.partition for row in rows],
         "kafka_offset": [row.offset for row in rows],
         "append_time": [row.append_ms for row in rows],
@@ -112,6 +114,9 @@ def record_of(row: Mapping[str, object]) -> AuditEvent:
     fields["timestamp"] = row["timestamp"]
     if row["adapter_name"] is not None:
         fields["adapter"] = {"name": row["adapter_name"], "digest": row["adapter_digest"]}
+    if row["media"]:
+        fields["media"] = msgspec.json.decode(str(row["media"]))
+    fields["media_count"] = row["media_count"]
     kind = Rejection if row["kind"] == "rejection" else AuditEvent
     return msgspec.convert({**fields, "kind": row["kind"]}, kind)
 

@@ -46,6 +46,8 @@ CREATE TABLE IF NOT EXISTS events
     chain               String                 CODEC(ZSTD(1)),
     trace_id            String                 CODEC(ZSTD(1)),
     tokens_from         LowCardinality(String),
+    media               String                 CODEC(ZSTD(1)),
+    media_count         UInt64                 CODEC(ZSTD(1)),
     guard_names         Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_versions      Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_stages        Array(LowCardinality(String)) CODEC(ZSTD(1)),
@@ -80,6 +82,8 @@ SETTINGS ttl_only_drop_parts = 1, non_replicated_deduplication_window = 10000;
 -- A table that an earlier version made gets the columns that came later.
 ALTER TABLE events ADD COLUMN IF NOT EXISTS trace_id String CODEC(ZSTD(1)) AFTER chain;
 ALTER TABLE events ADD COLUMN IF NOT EXISTS tokens_from LowCardinality(String) AFTER trace_id;
+ALTER TABLE events ADD COLUMN IF NOT EXISTS media String CODEC(ZSTD(1)) AFTER tokens_from;
+ALTER TABLE events ADD COLUMN IF NOT EXISTS media_count UInt64 CODEC(ZSTD(1)) AFTER media;
 ALTER TABLE events ADD INDEX IF NOT EXISTS by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 4;
 
 -- The records of lanes that are no events, and any whose bytes the columns above would not give back: with them the

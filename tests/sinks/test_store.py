@@ -25,7 +25,7 @@ COUNTS = (
 
 @pytest.fixture
 def config(tmp_path):
-    kept = {"events_days": 36_500, "rollup_days": 36_500, "findings_days": 36_500}  # the samples have a fixed date
+    kept = {"events_days": 3_650, "rollup_days": 3_650, "findings_days": 3_650}  # the samples have a fixed date
     return StoreConfig(url=f"chdb://{tmp_path}/store", readers=2, query_timeout_s=5, **kept)
 
 
@@ -240,7 +240,7 @@ def test_a_restart_keeps_rows_and_tokens(config):
 def test_old_rows_go(config):
     """What the broker appended longer ago than the retention is dropped."""
     opened = open_store(config)
-    old = stored(event(1), 0)._replace(append_ms=START_US // 1000 - 400 * 86_400_000)
+    old = stored(event(1), 0)._replace(append_ms=START_US // 1000 - 4_000 * 86_400_000)
     opened.insert_events([old], token="a")
     opened.insert_events([stored(event(2), 1)._replace(append_ms=4_000_000_000_000)], token="b")
     opened._command("OPTIMIZE TABLE events FINAL")
@@ -311,8 +311,8 @@ def test_a_server_that_is_away_is_one_sentence(tmp_path):
 def test_the_schema_has_no_placeholder_left():
     """Each statement is whole."""
     statements = schema(StoreConfig())
-    assert len(statements) == 10
-    assert all(statement.startswith("CREATE ") and "_days" not in statement for statement in statements)
+    assert len(statements) == 13
+    assert all(statement.startswith(("CREATE ", "ALTER ")) and "_days" not in statement for statement in statements)
 
 
 def test_the_error_type_is_exported():
