@@ -242,7 +242,7 @@ def test_old_rows_go(config):
     opened = open_store(config)
     old = stored(event(1), 0)._replace(append_ms=START_US // 1000 - 4_000 * 86_400_000)
     opened.insert_events([old], token="a")
-    opened.insert_events([stored(event(2), 1)._replace(append_ms=4_000_000_000_000)], token="b")
+    opened.insert_events([stored(event(2), 1)._replace(append_ms=3_000_000_000_000)], token="b")
     opened._command("OPTIMIZE TABLE events FINAL")
     assert opened.query("SELECT kafka_offset FROM events") == [{"kafka_offset": 1}]
     opened.close()
