@@ -18,7 +18,7 @@ from collector.answers import Answer
 from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import Adapter, GuardResult, Media, Stage, Status
-from collector.guards.protocol import MediaGuard
+from collector.guards.protocol import ALONE, Context, MediaGuard
 from collector.guards.stack import GuardStack
 from collector.identity import Pseudonyms
 from collector.limits import Lease
@@ -96,6 +96,7 @@ class Audit:
 
     __slots__ = (
         "_auditor",
+        "_context",
         "_known",
         "_lease",
         "_started_s",
@@ -113,10 +114,12 @@ class Audit:
         ticket: Ticket,
         known: Mapping[str, object],
         started_s: float,
+        *,
         lease: Lease | None = None,
+        context: Context = ALONE,
     ) -> None:
         self._auditor, self._ticket, self._known, self._started_s = auditor, ticket, known, started_s
-        self._lease = lease
+        self._lease, self._context = lease, context
         self._tally: Tally | None = None
         self.request_id = ""
         """As the engine was given it."""
@@ -137,10 +140,9 @@ class Audit:
 
     def judge(self, texts: Sequence[str]) -> tuple[list[GuardResult], bool]:
         """The verdicts on an answer's texts and whether they block it. Blocking: run it in a thread."""
-        tenant = str(self._known["tenant"])
-        results = self._auditor.guards.judge([("output", text) for text in texts], tenant=tenant)
+        results = self._auditor.guards.judge([("output", text) for text in texts], self._context)
         self._auditor.count_errors(results)
-        return results, self._auditor.guards.blocks(results, tenant=tenant)
+        return results, self._auditor.guards.blocks(results, self._context)
 
     def close(
         self,
@@ -245,12 +247,12 @@ class Auditor:
             names=names,
         )
 
-    def judge(self, view: PromptView, caller: Caller) -> Judged:
+    def judge(self, view: PromptView, caller: Caller, route: str = "") -> Judged:
         """Verdicts and digests of one prompt. Takes as long as the guards do: run it in a thread where it can be."""
         results: list[GuardResult] = []
-        tenant = caller.tenant
+        context = Context(caller.tenant, route, view.system, view.prompt)
         if self.stages - {"output"}:
-            results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), tenant=tenant)
+            results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), context)
             self.count_errors(results)
         names, new = self._names(caller), view.new
         digests = {
@@ -258,7 +260,7 @@ class Auditor:
             "system_hash": names.digest(view.system),
             "minhash": names.minhash(new),
         }
-        return Judged(view, results, self.guards.blocks(results, tenant=tenant), digests)
+        return Judged(view, results, self.guards.blocks(results, context), digests, context)
 
     def judge_media(self, found: Sequence[Item], caller: Caller) -> tuple[list[Media], list[GuardResult], bool]:
         """What the event says of them, the verdicts, and whether they may pass by the tenant's policy. Blocking."""
@@ -297,7 +299,8 @@ class Auditor:
         self.publisher.counters.engine_requests += 1
         if at_hand is not None:
             at_hand.engine_requests += 1
-        audit = Audit(self, ticket, known, started_s, at_hand.lease if at_hand is not None else None)
+        lease = at_hand.lease if at_hand is not None else None
+        audit = Audit(self, ticket, known, started_s, lease=lease, context=judged.context)
         if reason := self._refusal(request, judged, caller.tenant, at_hand):
             audit.close("blocked_input", http_status=403, reason=reason)
             raise Blocked

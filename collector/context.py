@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from collector.event import GuardResult, Media
+from collector.guards.protocol import Context
 from collector.identity import Principal, Pseudonyms
 from collector.limits import Lease
 from collector.prompt import PromptView
@@ -56,6 +57,8 @@ class Judged:
     blocked: bool
     digests: Mapping[str, str]
     """turn_hash, system_hash and minhash."""
+    context: Context = field(repr=False)
+    """For the guards that judge the answer."""
 
 
 @dataclass(slots=True)

@@ -211,7 +211,7 @@ class Gate:
                 raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")
 
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
-            return [auditor.judge(view, caller) for view in found]
+            return [auditor.judge(view, caller, at_hand.route) for view in found]
 
         inline = not large and not auditor.stages - {"output"}
         at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)

@@ -82,6 +82,11 @@ class PromptView:
         return _joined(turn.text for turn in self.turns if turn.role == "system")
 
     @property
+    def prompt(self) -> str:
+        """The last user turn's text: what is to be done."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "user"), "")
+
+    @property
     def new(self) -> str:
         """What is new in this request, NFC: the last user turn, tool and retrieved text after it, documents.
 

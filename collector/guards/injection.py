@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from collector.event import Stage
 from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
 from collector.guards.normaliser import UNDONE, normalise
-from collector.guards.protocol import Guard, GuardPolicy, GuardRefused, Judgement, Probe
+from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement, Probe
 
 WEIGHTS_FILE: Final = "injection.safetensors"
 WEIGHTS_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -147,7 +147,7 @@ class InjectionGuard:
     def version(self) -> str:
         return f"{FORMAT}+{self.weights.digest[:12]}"
 
-    def judge(self, text: str, stage: Stage) -> Judgement:
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:  # noqa: ARG002 - judged alone
         channel = CHANNELS[stage]
         plain, undone = normalise(text)
         score = self.weights.heads[channel].score(plain) if plain.strip() else 0.0

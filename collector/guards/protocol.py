@@ -8,7 +8,7 @@ nor each other: `collector.guards.stack` runs them, bounds their time and turns 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,12 +36,41 @@ class Judgement(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What stands around a text, for guards that can't judge it alone. In memory only, for the time of one request."""
+
+    tenant: str = ""
+    route: str = ""
+    """As in the event; empty outside the gate."""
+    system: str = field(default="", repr=False)
+    """The system prompt."""
+    prompt: str = field(default="", repr=False)
+    """What was asked: the user's objective, and what an answer answers."""
+
+
+ALONE: Final = Context()
+"""Nothing is known around the text."""
+
+
+class Text(NamedTuple):
+    """One text to judge."""
+
+    text: str
+    stage: Stage
+    context: Context = ALONE
+
+    def __repr__(self) -> str:
+        return f"Text({len(self.text)} characters, {self.stage})"
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A text with a known answer: part of the self-test without which no guard starts."""
 
     text: str = field(repr=False)
     stage: Stage
     block: bool
+    context: Context = ALONE
 
 
 class Guard(Protocol):
@@ -67,8 +96,15 @@ class Guard(Protocol):
     def probes(self) -> Sequence[Probe]:
         """At least one text that must be blocked and one that must pass, at the shipped threshold."""
 
-    def judge(self, text: str, stage: Stage) -> Judgement:
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:
         """The judgement on `text`, of any length and content, lone surrogates included. Deterministic."""
+
+
+class BatchGuard(Guard, Protocol):
+    """A guard that judges several texts together for less than one by one."""
+
+    def judge_many(self, texts: Sequence[Text]) -> list[Judgement]:
+        """The judgement on each, in order; the same as `judge` gives."""
 
 
 class MediaGuard(Protocol):

@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple, get_args
 from pydantic import Field
 
 from collector.event import Stage
-from collector.guards.protocol import Guard, GuardPolicy, Judgement, Probe
+from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, Judgement, Probe
 
 Action = Literal["block", "report", "ignore"]
 Kind = Literal[
@@ -215,7 +215,7 @@ class SecretsGuard:
             Probe("Store the API key in an environment variable, never in the code.", "output", False),
         )
 
-    def judge(self, text: str, stage: Stage) -> Judgement:  # noqa: ARG002 - the same patterns count at every stage
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:  # noqa: ARG002 - patterns only
         actions = {kind: self._actions.get(kind, "block") for kind in self._kinds(text)}
         told = sorted(kind for kind, action in actions.items() if action != "ignore")
         block = "block" in actions.values()

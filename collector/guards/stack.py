@@ -21,7 +21,7 @@ import structlog
 
 from collector.event import Decision, GuardResult, Stage
 from collector.guards.config import GuardsConfig
-from collector.guards.protocol import Guard, GuardPolicy, GuardRefused, Judgement
+from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement
 
 _log = structlog.get_logger(__name__)
 _WORST: Final[dict[Decision, int]] = {"allow": 0, "shadow": 1, "error": 2, "block": 3}
@@ -45,6 +45,7 @@ class _Task(NamedTuple):
     post: _Post
     stage: Stage
     text: str
+    context: Context
 
     @property
     def deadline_s(self) -> float:
@@ -105,27 +106,25 @@ class GuardStack:
         with self._lock:
             return dict(self._errors)
 
-    def judge(self, texts: Sequence[tuple[Stage, str]], *, tenant: str = "") -> list[GuardResult]:
+    def judge(self, texts: Sequence[tuple[Stage, str]], context: Context = ALONE) -> list[GuardResult]:
         """One verdict for each guard and stage present in `texts`, in the guards' order; the worst of several texts.
 
         At most 16 guards × 4 stages = 64 verdicts, whatever the number of texts. `latency_ms` is the sum over the
         texts. Never raises.
         """
-        tasks = [_Task(post, stage, text) for post in self._posts for stage, text in texts if stage in post.stages]
+        tasks = [
+            _Task(post, stage, text, context) for post in self._posts for stage, text in texts if stage in post.stages
+        ]
         verdicts: dict[tuple[str, Stage], GuardResult] = {}
         for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
-            new = _verdict(task, outcome, tenant)
+            new = _verdict(task, outcome)
             key = (new.guard, new.stage)
             verdicts[key] = _worse(verdicts[key], new) if key in verdicts else new
             if new.decision == "error":
                 self._count_error(new)
         return list(verdicts.values())
 
-    def output(self, text: str, *, tenant: str = "") -> list[GuardResult]:
-        """The verdicts on an answer."""
-        return self.judge([("output", text)], tenant=tenant)
-
-    def blocks(self, results: Iterable[GuardResult], *, tenant: str = "") -> bool:
+    def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
         """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""
         policies = {post.guard.name: post.policy for post in self._posts}
         for result in results:
@@ -134,7 +133,10 @@ class GuardStack:
             policy = policies.get(result.guard)
             if result.decision == "error" and (
                 policy is None
-                or (policy.mode_for(tenant, result.stage) == "enforce" and policy.on_error_for(tenant) == "block")
+                or (
+                    policy.mode_for(context.tenant, result.stage) == "enforce"
+                    and policy.on_error_for(context.tenant) == "block"
+                )
             ):
                 return True
         return False
@@ -237,7 +239,7 @@ class GuardStack:
         if {probe.block for probe in probes} != {True, False}:
             raise GuardRefused(f"the {name} guard did not start: it has no self-test with a block and a pass")
         for number, probe in enumerate(probes):
-            outcome = self._outcomes([_Task(post, probe.stage, probe.text)])[0]
+            outcome = self._outcomes([_Task(post, probe.stage, probe.text, probe.context)])[0]
             if outcome.judgement is None:
                 raise GuardRefused(f"the {name} guard did not start: self-test {number} failed with {outcome.error}")
             if outcome.judgement.block is not probe.block:
@@ -257,7 +259,9 @@ def _attempt(task: _Task, clock_s: Callable[[], float]) -> _Outcome:
     """One call of a guard, whatever it does."""
     start_s = clock_s()
     try:
-        judgement: Judgement | None = _checked(task.post.guard, task.post.guard.judge(task.text, task.stage))
+        judgement: Judgement | None = _checked(
+            task.post.guard, task.post.guard.judge(task.text, task.stage, task.context)
+        )
         error = ""
     except BaseException as problem:  # noqa: BLE001 - SystemExit too: whatever a guard raises is its verdict's business
         judgement, error = None, type(problem).__name__[:64]
@@ -278,8 +282,8 @@ def _checked(guard: Guard, answer: object) -> Judgement:
     return Judgement(float(answer.score), answer.label, answer.block)
 
 
-def _verdict(task: _Task, outcome: _Outcome, tenant: str) -> GuardResult:
-    guard, policy = task.post.guard, task.post.policy
+def _verdict(task: _Task, outcome: _Outcome) -> GuardResult:
+    guard, policy, tenant = task.post.guard, task.post.policy, task.context.tenant
     decision: Decision = "error"
     if outcome.judgement is not None:
         threshold = policy.threshold_for(tenant)

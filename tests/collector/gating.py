@@ -51,7 +51,7 @@ class Watch:
     labels = frozenset({"attack"})
     probes = (Probe("attack", "input", block=True), Probe("fine", "input", block=False))
 
-    def judge(self, text: str, stage: str) -> Judgement:
+    def judge(self, text: str, stage: str, context: object = None) -> Judgement:
         """The judgement."""
         bad = "attack" in text
         return Judgement(0.9 if bad else 0.1, "attack" if bad else "", bad)

@@ -87,7 +87,7 @@ class Switch:
         self.saw: list[tuple[str, str]] = []
         self.bad = "blockme"
 
-    def judge(self, text: str, stage: str) -> Judgement:
+    def judge(self, text: str, stage: str, context: object = None) -> Judgement:
         """The judgement."""
         self.saw.append((stage, text))
         bad = self.bad in text

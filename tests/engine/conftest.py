@@ -74,7 +74,7 @@ class SwitchGuard:
         self.fail = False
         self.saw: list[tuple[str, str]] = []
 
-    def judge(self, text: str, stage: str) -> Judgement:
+    def judge(self, text: str, stage: str, context: object = None) -> Judgement:
         """The judgement."""
         self.saw.append((stage, text))
         if self.fail:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from collector.event import GuardResult, Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.injection import InjectionConfig
-from collector.guards.protocol import Guard, GuardRefused, Judgement, Probe, TenantPolicy
+from collector.guards.protocol import ALONE, Context, Guard, GuardRefused, Judgement, Probe, TenantPolicy
 from collector.guards.secrets import SecretsConfig
 from collector.guards.stack import GuardStack
 
@@ -30,7 +30,7 @@ class ActingGuard:
     labels: frozenset[str] = frozenset({"nasty"})
     probes: tuple[Probe, ...] = PROBES
 
-    def judge(self, text: str, stage: Stage) -> Judgement:
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:
         if self.act is not None and text not in ("bad", "good"):
             return self.act(text)  # type: ignore[return-value]  # answering nonsense is the point
         bad = "bad" in text
@@ -98,10 +98,10 @@ def test_a_stage_can_be_watched_only() -> None:
     watched = {"shadow_stages": ["tool"], "tenants": {"strict": {"mode": "enforce"}}}
     stack = stack_of(ActingGuard(), injection=watched)
     for tenant in ("", "strict"):
-        at_tool = stack.judge([("tool", "bad!")], tenant=tenant)
+        at_tool = stack.judge([("tool", "bad!")], Context(tenant))
         assert at_tool == [result(stage="tool", decision="shadow", score=0.9, label="nasty")]
-        assert not stack.blocks([*at_tool, error("ValueError", stage="tool")], tenant=tenant)
-        assert stack.blocks([error("ValueError")], tenant=tenant)
+        assert not stack.blocks([*at_tool, error("ValueError", stage="tool")], Context(tenant))
+        assert stack.blocks([error("ValueError")], Context(tenant))
     assert stack.judge([("input", "bad!")]) == [result(**BLOCKED)]
 
 
@@ -110,12 +110,12 @@ def test_a_tenant_has_its_own_threshold_mode_and_policy() -> None:
     tenants = {"strict": {"threshold": 0.1}, "watched": {"mode": "shadow"}, "open": {"on_error": "allow"}}
     stack = stack_of(ActingGuard(), injection={"threshold": 0.5, "tenants": tenants})
     decisions = {
-        tenant: [stack.judge([("input", text)], tenant=tenant)[0].decision for text in ("fine", "bad!")]
+        tenant: [stack.judge([("input", text)], Context(tenant))[0].decision for text in ("fine", "bad!")]
         for tenant in ("", "strict", "watched")
     }
     assert decisions == {"": ["allow", "block"], "strict": ["block", "block"], "watched": ["allow", "shadow"]}
     failed = [error("ValueError")]
-    assert [stack.blocks(failed, tenant=tenant) for tenant in ("", "watched", "open")] == [True, False, False]
+    assert [stack.blocks(failed, Context(tenant)) for tenant in ("", "watched", "open")] == [True, False, False]
 
 
 class _Rude(BaseException):
@@ -241,7 +241,7 @@ def test_too_many_requests_wait_and_then_fail() -> None:
     busy = threading.Thread(target=lambda: first.append(stack.judge([("input", TEXT)])))
     busy.start()
     wait_until(lambda: stack._slots._value == 0)  # the one worker is taken
-    overloaded = stack.output("good")
+    overloaded = stack.judge([("output", "good")])
     free.set()
     busy.join(10)
     assert [(got.guard, got.decision, got.error) for got in overloaded] == [("secrets", "error", "Overloaded")]
@@ -350,7 +350,9 @@ def test_the_default_stack_judges_both_ways() -> None:
     assert [(got.stage, got.decision, got.label) for got in fetched] == [("tool", "shadow", "poisoned")]
     assert not stack.blocks(fetched)
     answer = "your key is " + "AKIA" + "Q7" * 8
-    assert [(got.guard, got.decision, got.label) for got in stack.output(answer)] == [("secrets", "block", "aws_key")]
-    assert [got.decision for got in stack.output(answer, tenant="lab")] == ["shadow"]
-    assert not stack.blocks(stack.output("All is well."))
+    assert [(got.guard, got.decision, got.label) for got in stack.judge([("output", answer)])] == [
+        ("secrets", "block", "aws_key")
+    ]
+    assert [got.decision for got in stack.judge([("output", answer)], Context("lab"))] == ["shadow"]
+    assert not stack.blocks(stack.judge([("output", "All is well.")]))
     stack.close()
