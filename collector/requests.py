@@ -163,10 +163,9 @@ async def read_body(
     count: Callable[[int], None],
 ) -> bytes:
     """The whole body; `count` is told the size of each piece. Raises `Refusal`: too large, or the client has gone."""
-    too_large = Refusal(413, "body_too_large", f"The request's body is larger than the {bytes_max} bytes allowed here.")
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > bytes_max):
-        raise too_large
+        raise _too_large(bytes_max)
     pieces, size = [], 0
     while True:
         message = await receive()
@@ -175,11 +174,15 @@ async def read_body(
         piece = message.get("body", b"")
         size += len(piece)
         if size > bytes_max:
-            raise too_large
+            raise _too_large(bytes_max)
         count(len(piece))
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)
+
+
+def _too_large(bytes_max: int) -> Refusal:
+    return Refusal(413, "body_too_large", f"The request's body is larger than the {bytes_max} bytes allowed here.")
 
 
 class _Doubled(ValueError):

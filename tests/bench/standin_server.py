@@ -9,6 +9,7 @@ reports what it finished to the plugin's stat logger, as vLLM does. With `wrappe
 configuration.
 """
 
+import gc
 import itertools
 import json
 import sys
@@ -103,6 +104,8 @@ async def _lifespan(receive: Any, send: Any) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
+        gc.collect()
+        gc.freeze()  # as vLLM does at this point: its large heap is not looked through again
 
 
 def _start(content_type: bytes) -> dict[str, Any]:
