@@ -16,6 +16,7 @@ from inferwatch import (
     deadletter_cli,
     evidence_cli,
     findings_cli,
+    guards_cli,
     keys_cli,
     lookup_cli,
     record_cli,
@@ -32,6 +33,7 @@ app.add_typer(keys_cli.app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(budget_cli.app, name="budget")
 app.add_typer(deadletter_cli.app, name="deadletter")
+app.add_typer(guards_cli.app, name="guards")
 app.add_typer(topics_cli.app, name="topics")
 app.add_typer(findings_cli.app, name="finding")
 app.add_typer(evidence_cli.journal_app, name="journal")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from collector.guards.injection import InjectionConfig
 from collector.guards.protocol import GuardPolicy
 from collector.guards.secrets import SecretsConfig
+from collector.guards.sidecar_config import SidecarConfig
 
 
 class GuardsConfig(BaseModel):
@@ -39,6 +40,7 @@ class GuardsConfig(BaseModel):
         description="Calls of one guard that may hang beyond their deadline at once; then it is not called until one "
         "returns, and its verdicts are error Stuck.",
     )
+    sidecar: SidecarConfig = Field(SidecarConfig(), description="The process that guards run in by where = sidecar.")
 
     injection: InjectionConfig = Field(
         default_factory=InjectionConfig, description="Prompt injection and jailbreak classifier."

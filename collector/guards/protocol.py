@@ -8,7 +8,7 @@ nor each other: `collector.guards.stack` runs them, bounds their time and turns 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -140,6 +140,13 @@ class GuardPolicy(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    able: ClassVar[frozenset[Stage]] = frozenset()
+    """The stages that its guard can judge, where they are known before it is built: what a server needs to start while
+    the sidecar is away."""
+
+    where: Literal["process", "sidecar"] = Field(
+        "process", description="process: in the server itself. sidecar: in the process of `inferwatch guards serve`."
+    )
     mode: Literal["enforce", "shadow"] = Field(
         "enforce", description="shadow: judge and report, never block, not on error either."
     )

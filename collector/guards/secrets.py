@@ -36,6 +36,7 @@ ENTROPY_BITS_MIN: Final = 3.3
 class SecretsConfig(GuardPolicy):
     """`[collector.guards.secrets]`: looks at answers by default."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     actions: dict[Kind, Action] = Field(
         default_factory=dict,
@@ -195,7 +196,7 @@ class SecretsGuard:
     """Finds secrets and personal data. Keeps nothing; about 30 µs per KB."""
 
     name = "secrets"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = SecretsConfig.able
     labels: frozenset[str] = frozenset(get_args(Kind))
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None, contacts_max: int = 0) -> None:

@@ -22,6 +22,7 @@ import structlog
 from collector.event import Decision, GuardResult, Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement
+from collector.guards.remote import remote_guards
 
 _log = structlog.get_logger(__name__)
 _WORST: Final[dict[Decision, int]] = {"allow": 0, "shadow": 1, "error": 2, "block": 3}
@@ -85,7 +86,10 @@ class GuardStack:
     ) -> None:
         self._config = config
         self._clock_s = clock_s
-        built = {name: (guards or {}).get(name) or config.policy(name).build() for name in config.order}
+        here = guards or {}
+        self._remote = {} if here else remote_guards(config)
+        ready: dict[str, Guard] = {**self._remote, **here}
+        built = {name: ready.get(name) or config.policy(name).build() for name in config.order}
         self._posts = tuple(_post(guard, config.policy(name)) for name, guard in built.items())
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[_Job | None]] = []
@@ -148,6 +152,8 @@ class GuardStack:
             idle, self._idle = self._idle, []
         for inbox in idle:
             inbox.put(None)
+        for guard in self._remote.values():
+            guard.close()
 
     def _outcomes(self, tasks: Sequence[_Task]) -> list[_Outcome]:
         outcomes: list[_Outcome] = []
@@ -236,6 +242,8 @@ class GuardStack:
     def _self_test(self, post: _Post) -> None:
         """Raises `GuardRefused` unless the guard answers its probes as it should, a block and a pass at the least."""
         name, probes = post.guard.name, post.guard.probes
+        if not probes and name in self._remote:
+            return  # the sidecar is not there yet; it tests its guards before it answers
         if {probe.block for probe in probes} != {True, False}:
             raise GuardRefused(f"the {name} guard did not start: it has no self-test with a block and a pass")
         for number, probe in enumerate(probes):
@@ -259,7 +267,7 @@ def _attempt(task: _Task, clock_s: Callable[[], float]) -> _Outcome:
     """One call of a guard, whatever it does."""
     start_s = clock_s()
     try:
-        judgement: Judgement | None = _checked(
+        judgement: Judgement | None = checked(
             task.post.guard, task.post.guard.judge(task.text, task.stage, task.context)
         )
         error = ""
@@ -268,7 +276,8 @@ def _attempt(task: _Task, clock_s: Callable[[], float]) -> _Outcome:
     return _Outcome(judgement, error, max(0.0, (clock_s() - start_s) * 1000))
 
 
-def _checked(guard: Guard, answer: object) -> Judgement:
+def checked(guard: Guard, answer: object) -> Judgement:
+    """The judgement in a guard's answer. Raises BadJudgement."""
     if not isinstance(answer, Judgement) or not isinstance(answer.block, bool):
         raise BadJudgement
     if isinstance(answer.score, bool) or not isinstance(answer.score, float | int):

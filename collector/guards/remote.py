@@ -1,0 +1,405 @@
+"""A guard that runs in the sidecar, as the stack sees it: it keeps to its deadline, whatever the sidecar does.
+
+One connection serves all threads and all guards of a process: threads write under a lock, one thread reads. Where the
+sidecar is away, hangs or talks nonsense, a question ends in an error at once or at the guard's deadline, the stack's
+`on_error` decides, and a thread connects anew, at the latest a second after the sidecar listens again. Nothing is sent
+before the other end has shown that it is the sidecar: by its user on a Unix socket, by the token on a port.
+"""
+
+import hmac
+import os
+import queue
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Final, NoReturn
+
+import structlog
+
+from collector.event import Stage
+from collector.guards.config import GuardsConfig
+from collector.guards.protocol import ALONE, Context, GuardPolicy, GuardRefused, Judgement, Probe, Text
+from collector.guards.sidecar_config import SidecarConfig
+from collector.guards.sidecar_socket import peer_uid
+from collector.guards.wire import (
+    ANSWER_BYTES_MAX,
+    BAD_BODY,
+    NONCE_BYTES,
+    PROTOCOL,
+    Answer,
+    Ask,
+    Frames,
+    Garbled,
+    GuardTold,
+    Hello,
+    answer_of,
+    encode,
+    frame,
+    greeting_of,
+    proof,
+    to_bytes,
+    to_text,
+    welcome_of,
+)
+
+log = structlog.get_logger(__name__)
+
+_RECEIVE_BYTES: Final = 262_144
+_PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Between attempts to connect; the last one repeats."""
+_SILENCE_S: Final = 0.3
+Changed = Callable[[str, str, str], None]
+"""Told a guard's name, its version before and after."""
+
+
+class SidecarAway(Exception):
+    """There is no connection to the sidecar, or it broke while it was asked."""
+
+
+class DeadlineExceeded(Exception):
+    """The sidecar has not answered in time."""
+
+
+class TextTooLong(Exception):
+    """The text, or what stands around it, is longer than the sidecar takes."""
+
+
+class FailedThere(Exception):
+    """The guard failed in the sidecar; raised as a class with the name of the error there."""
+
+
+class _Waiting:
+    """The questions of one call, until they are answered."""
+
+    __slots__ = ("answers", "inbox")
+
+    def __init__(self) -> None:
+        self.inbox: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.answers: dict[int, Answer | None] = {}
+
+    def put(self, number: int, answer: Answer | None) -> None:
+        """None: the connection broke."""
+        self.answers[number] = answer
+        self.inbox.put(number)
+
+
+class _Link:
+    """One connection that has been greeted."""
+
+    def __init__(self, sock: socket.socket, frame_bytes_max: int) -> None:
+        self.sock, self.frame_bytes_max = sock, frame_bytes_max
+        self.broken = False
+        self.heard_s = time.monotonic()
+        self._pending: dict[int, _Waiting] = {}
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._number, self._missed_s = 0, 0.0
+
+    def ask(self, bodies: Sequence[bytes], waiting: _Waiting, until_s: float) -> list[int]:
+        """Write the questions. Their numbers. Raises SidecarAway, DeadlineExceeded."""
+        with self._lock:
+            if self.broken:
+                raise SidecarAway
+            numbers = []
+            for _ in bodies:
+                self._number += 1
+                numbers.append(self._number)
+            self._pending.update(dict.fromkeys(numbers, waiting))
+        self._write(b"".join(map(frame, numbers, bodies)), until_s)
+        return numbers
+
+    def _write(self, raw: bytes, until_s: float) -> None:
+        """All of it, or the connection is of no more use: what follows half a frame can't be read."""
+        if not self._writing.acquire(timeout=max(0.0, until_s - time.monotonic())):
+            raise DeadlineExceeded
+        try:
+            left = memoryview(raw)
+            while True:
+                try:
+                    left = left[self.sock.send(left, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self.close()
+                    raise SidecarAway from None
+                if not left:
+                    return
+                if not _writable(self.sock, until_s - time.monotonic()):
+                    self.close()
+                    raise DeadlineExceeded
+        finally:
+            self._writing.release()
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for these any more."""
+        with self._lock:
+            for number in numbers:
+                self._pending.pop(number, None)
+
+    def missed(self, asked_s: float) -> None:
+        """A question has had no answer in time. Where not a word came since an earlier one had none: connect anew.
+
+        For a sidecar that lives tells that a text is late, though that may come after nobody waits for it.
+        """
+        now_s = time.monotonic()
+        if self.heard_s >= max(asked_s, self._missed_s):
+            self._missed_s = 0.0
+        elif not self._missed_s:
+            self._missed_s = now_s
+        elif now_s - self._missed_s > _SILENCE_S:
+            self.close()
+
+    def answered(self, number: int, answer: Answer) -> None:
+        """One came; dropped where nobody waits."""
+        with self._lock:
+            waiting = self._pending.pop(number, None)
+        if waiting is not None:
+            waiting.put(number, answer)
+
+    def close(self) -> None:
+        """All that wait are told."""
+        with self._lock:
+            self.broken = True
+            pending, self._pending = self._pending, {}
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; it closes
+        for number, waiting in pending.items():
+            waiting.put(number, None)
+
+
+class Sidecar:
+    """This process's connection to the sidecar. Thread-safe; a daemon thread keeps it until `close`."""
+
+    def __init__(self, config: SidecarConfig) -> None:
+        """Raises GuardRefused where the token can't be read."""
+        self.config = config
+        self._token = config.token()
+        self._link: _Link | None = None
+        self._told: dict[str, GuardTold] = {}
+        self._greeted, self._closed = threading.Event(), threading.Event()
+        self.changed: Changed | None = None
+        self._thread = threading.Thread(target=self._keep, name="guards-sidecar", daemon=True)
+        self._thread.start()
+
+    def guard(self, name: str) -> GuardTold | None:
+        """What the sidecar last said of a guard; None where it never said anything of it."""
+        return self._told.get(name)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has been there, within so long."""
+        return self._greeted.wait(timeout_s)
+
+    def ask(self, asks: Sequence[Ask], until_s: float) -> list[Answer]:
+        """The answers in order, until `until_s` on the monotonic clock.
+
+        Raises SidecarAway, DeadlineExceeded, TextTooLong.
+        """
+        link = self._link
+        if link is None:
+            raise SidecarAway
+        bodies = [encode(ask) for ask in asks]
+        if any(len(body) > link.frame_bytes_max for body in bodies):
+            raise TextTooLong
+        waiting, numbers = _Waiting(), list[int]()
+        asked_s = time.monotonic()
+        try:
+            numbers = link.ask(bodies, waiting, until_s)
+            for _ in numbers:
+                number = waiting.inbox.get(timeout=max(0.0, until_s - time.monotonic()))
+                if waiting.answers[number] is None:
+                    raise SidecarAway
+        except queue.Empty:
+            link.missed(asked_s)
+            raise DeadlineExceeded from None
+        finally:
+            link.forget(numbers)
+        return [answer for number in numbers if (answer := waiting.answers[number]) is not None]
+
+    def saw(self, name: str, version: str) -> None:
+        """An answer was of this version."""
+        told = self._told.get(name)
+        if told is not None and told.version != version:
+            self._learn({name: GuardTold(name, version, told.stages, told.labels, told.probes)})
+
+    def close(self) -> None:
+        """No more questions."""
+        self._closed.set()
+        if (link := self._link) is not None:
+            link.close()
+
+    def _keep(self) -> None:
+        tries = 0
+        while not self._closed.is_set():
+            try:
+                with self._connected() as sock:
+                    tries = 0
+                    self._read(sock)
+            except (OSError, Garbled, SidecarAway, *BAD_BODY) as problem:
+                if self._link is None and tries == 0:
+                    log.warning("the guards' sidecar is away", at=self.config.place, error=type(problem).__name__)
+                elif self._link is not None:
+                    log.warning("the guards' sidecar was lost", at=self.config.place, error=type(problem).__name__)
+            link, self._link = self._link, None
+            if link is not None:
+                link.close()
+            self._closed.wait(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
+            tries += 1
+
+    def _connected(self) -> socket.socket:
+        """Raises OSError, SidecarAway where another user listens there."""
+        config = self.config
+        if config.host:
+            return socket.create_connection((config.host, config.port), config.connect_timeout_ms / 1000)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(config.connect_timeout_ms / 1000)
+            sock.connect(str(config.socket))
+        except OSError:
+            sock.close()
+            raise
+        if peer_uid(sock) not in (os.geteuid(), 0):
+            sock.close()
+            log.error("the guards' sidecar is another user's and is not asked", at=config.place)
+            raise SidecarAway
+        return sock
+
+    def _read(self, sock: socket.socket) -> NoReturn:
+        """Greet, then take answers until the connection ends, and raise why."""
+        words = _words(sock)
+        greeting = greeting_of(next(words)[1])
+        if greeting.protocol != PROTOCOL:
+            raise Garbled
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        sock.sendall(frame(0, encode(Hello(PROTOCOL, nonce, proof(self._token, b"client", greeting, nonce)))))
+        welcome = welcome_of(next(words)[1])
+        if not hmac.compare_digest(welcome.proof, proof(self._token, b"sidecar", greeting, nonce)):
+            log.error("the guards' sidecar does not know the token and is not asked", at=self.config.place)
+            raise SidecarAway
+        self._learn({told.name: told for told in welcome.guards})
+        link = _Link(sock, welcome.frame_bytes_max)
+        sock.settimeout(None)
+        self._link = link
+        self._greeted.set()
+        log.info("the guards' sidecar is there", at=self.config.place)
+        for number, body in words:
+            link.heard_s = time.monotonic()
+            if number:
+                link.answered(number, answer_of(body))
+            else:
+                self._learn({told.name: told for told in welcome_of(body).guards})
+        raise SidecarAway
+
+    def _learn(self, told: dict[str, GuardTold]) -> None:
+        before, self._told = self._told, {**self._told, **told}
+        for name, now in told.items():
+            old = before.get(name)
+            if old is not None and old.version != now.version:
+                log.warning("a guard of the sidecar has changed", guard=name, before=old.version, after=now.version)
+                if self.changed is not None:
+                    self.changed(name, old.version, now.version)
+
+
+class RemoteGuard:
+    """One guard of the sidecar. What it says of itself is what the sidecar last said."""
+
+    def __init__(self, name: str, policy: GuardPolicy, sidecar: Sidecar) -> None:
+        """Raises GuardRefused: the sidecar has no such guard, or it is away and nobody knows what the guard judges."""
+        self.name, self._policy, self._sidecar = name, policy, sidecar
+        told, place = sidecar.guard(name), sidecar.config.place
+        if told is None and sidecar.wait(0):
+            raise GuardRefused(f'the sidecar at {place} runs no guard {name}: put it there with where = "sidecar"')
+        stages = told.stages if told is not None else policy.stages or policy.able
+        if not stages:
+            raise GuardRefused(f"no sidecar at {place}: start it, or say guards.{name}.stages, to start without it")
+        self.stages: frozenset[Stage] = stages
+
+    @property
+    def version(self) -> str:
+        """As the sidecar says; `unknown` until it has been there."""
+        told = self._sidecar.guard(self.name)
+        return "unknown" if told is None else told.version
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """As the sidecar says."""
+        told = self._sidecar.guard(self.name)
+        return frozenset() if told is None else told.labels
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """As the sidecar says; none until it has been there. It tests its guards itself, at each worker's start."""
+        told = self._sidecar.guard(self.name)
+        return tuple(
+            Probe(
+                to_text(probe.text),
+                probe.stage,
+                probe.block,
+                Context(system=to_text(probe.system), prompt=to_text(probe.prompt)),
+            )
+            for probe in (() if told is None else told.probes)
+        )
+
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:
+        """Raises what went wrong here or, by its name, there."""
+        return self.judge_many([Text(text, stage, context)])[0]
+
+    def judge_many(self, texts: Sequence[Text]) -> list[Judgement]:
+        """Written at once, so that the sidecar's workers share them. Within the deadline of the longest."""
+        policy = self._policy
+        longest = max((len(text.text) for text in texts), default=0)
+        # A little less than the stack waits: a thread that comes back late counts as hung there.
+        budget_ms = 0.95 * (policy.deadline_ms + policy.deadline_ms_per_kchar * longest / 1000)
+        until_s = time.monotonic() + budget_ms / 1000
+        answers = self._sidecar.ask([_ask(self.name, budget_ms, text) for text in texts], until_s)
+        return [self._judgement(answer) for answer in answers]
+
+    def close(self) -> None:
+        """No more questions, of any guard of this sidecar."""
+        self._sidecar.close()
+
+    def _judgement(self, answer: Answer) -> Judgement:
+        if answer.error:
+            raise type(answer.error, (FailedThere,), {})
+        self._sidecar.saw(self.name, answer.version)
+        return Judgement(answer.score, answer.label, answer.block)
+
+
+def remote_guards(config: GuardsConfig) -> dict[str, RemoteGuard]:
+    """The guards that the config places in the sidecar, once it is there or `connect_timeout_ms` have passed.
+
+    Raises GuardRefused.
+    """
+    names = [name for name in config.order if config.policy(name).where == "sidecar"]
+    if not names:
+        return {}
+    sidecar = Sidecar(config.sidecar)
+    sidecar.wait(config.sidecar.connect_timeout_ms / 1000)
+    try:
+        return {name: RemoteGuard(name, config.policy(name), sidecar) for name in names}
+    except GuardRefused:
+        sidecar.close()
+        raise
+
+
+def _ask(name: str, budget_ms: float, text: Text) -> Ask:
+    context = text.context
+    system, prompt = to_bytes(context.system), to_bytes(context.prompt)
+    return Ask(name, budget_ms, text.stage, to_bytes(text.text), context.tenant, context.route, system, prompt)
+
+
+def _words(sock: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """Frames as they come. Raises OSError, Garbled, SidecarAway at the end."""
+    frames = Frames(ANSWER_BYTES_MAX)
+    while data := sock.recv(_RECEIVE_BYTES):
+        yield from frames.feed(data)
+    raise SidecarAway
+
+
+def _writable(sock: socket.socket, timeout_s: float) -> bool:
+    poller = select.poll()  # unlike select, for any number of open files
+    poller.register(sock, select.POLLOUT)
+    return timeout_s > 0 and bool(poller.poll(timeout_s * 1000))
