@@ -262,6 +262,13 @@ class Auditor:
         }
         return Judged(view, results, self.guards.blocks(results, context), digests, context)
 
+    def judge_each(self, texts: Sequence[tuple[Stage, str]], context: Context) -> list[tuple[list[GuardResult], bool]]:
+        """For each text its own verdicts, and whether they block. Blocking: run it in a thread."""
+        judged = [self.guards.judge([text], context) for text in texts]
+        for results in judged:
+            self.count_errors(results)
+        return [(results, self.guards.blocks(results, context)) for results in judged]
+
     def judge_media(self, found: Sequence[Item], caller: Caller) -> tuple[list[Media], list[GuardResult], bool]:
         """What the event says of them, the verdicts, and whether they may pass by the tenant's policy. Blocking."""
         told = [item.told(self._names(caller).digest) for item in found]
@@ -358,8 +365,20 @@ class Auditor:
         except Exception as error:  # noqa: BLE001 - as above
             raise _unaudited("an event can't be written to the journal and its answer is withheld", error) from None
 
-    def reject(self, at_hand: Exchange, *, reason: str, http_status: int, status: Status = "rejected") -> None:
-        """Write the event of an HTTP request that the engine never saw, once. Raises `Unaudited`."""
+    def reject(
+        self,
+        at_hand: Exchange,
+        *,
+        reason: str,
+        http_status: int,
+        status: Status = "rejected",
+        verdicts: Sequence[GuardResult] = (),
+        told: Mapping[str, object] = _NOTHING,
+    ) -> None:
+        """Write the event of an HTTP request that the engine never saw, once. Raises `Unaudited`.
+
+        `told`: more fields.
+        """
         if at_hand.rejected:
             return
         latency_s = self.clock_s() - at_hand.started_s if at_hand.started_s else 0.0
@@ -376,8 +395,9 @@ class Auditor:
                 operation=at_hand.operation,
                 trace_id=at_hand.trace_id,
                 latency_ms=max(0.0, latency_s * 1000),
-                guardrail_results=list(at_hand.media_verdicts),
+                guardrail_results=[*at_hand.media_verdicts, *verdicts],
                 **listed(at_hand.media),
+                **told,
             )
         except Exception as error:  # noqa: BLE001 - as above
             raise _unaudited("a rejection can't be written to the journal", error) from None

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import structlog
 
+from collector import guard_api
 from collector.audit import Auditor, Unaudited
 from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
@@ -127,6 +128,9 @@ class Gate:
             refusal = _audited(auditor, scope, at_hand, refusal)
             await _refuse(send, refusal, at_hand.http_request_id)
             return
+        if route.handling == "own":
+            await _say(send, HTTPStatus.OK, body or b"", at_hand.http_request_id)
+            return
         replayed = receive if body is None else _replay(body, receive, at_hand)
         if route.handling == "audited":
             await self._pass(auditor, at_hand, scope, replayed, send)
@@ -136,13 +140,17 @@ class Gate:
     async def _enter(
         self, auditor: Auditor, scope: Scope, receive: Receive, at_hand: Exchange
     ) -> tuple[Route, bytes | None]:
-        """The route, and the body where there may be one. Raises `Refusal`, whatever goes wrong."""
+        """The route, and the body where there may be one; of a route of ours the answer. Raises `Refusal`, whatever
+        goes wrong.
+        """
         try:
             route = self._admit(auditor, scope, at_hand)
             body = await self._body(auditor, scope, receive, at_hand) if scope["method"] == "POST" else None
             at_hand.started_s = auditor.clock_s()
             if route.handling == "audited":
                 await self._judge(auditor, scope, route, at_hand, body or b"")
+            elif route.handling == "own":
+                body = await guard_api.answer(auditor, scope, at_hand, body or b"")
         except Refusal:
             raise
         except asyncio.CancelledError:
@@ -291,14 +299,20 @@ def _unavailable() -> Refusal:
 
 async def _refuse(send: Send, refusal: Refusal, request_id: str) -> None:
     """The refusal in the shape of OpenAI's errors."""
-    body = refusal.body()
+    await _say(send, refusal.status, refusal.body(), request_id, refusal.headers)
+
+
+async def _say(
+    send: Send, status: int, body: bytes, request_id: str, more: tuple[tuple[bytes, bytes], ...] = ()
+) -> None:
+    """An answer of the gate's own: JSON."""
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (REQUEST_ID_HEADER, request_id.encode()),
-        *refusal.headers,
+        *more,
     ]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

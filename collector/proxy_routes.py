@@ -7,7 +7,7 @@ refused ones are named so that events name them. A route that is in no table is 
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
-from collector.routes import Route, RouteTable
+from collector.routes import GUARD, Route, RouteTable
 
 Api = Literal["chat", "completion", "responses", "messages", "ollama-chat", "ollama-generate", "vectors", "management"]
 """How an answer is written. `vectors`: embeddings and scores, which hold no text of the model's."""
@@ -82,6 +82,7 @@ def _table(
             **{f"POST {path}": Route("audited", operation) for path, operation in audited.items()},
             **{row: Route("harmless", operation) for row, operation in harmless.items()},
             **{row: Route("audited", "management") for row in opened},
+            GUARD: Route("own", "guard"),
         }
     )
 

@@ -2,6 +2,7 @@
 
 Every route of vLLM 0.32 has a row, generation and pooling models alike: audited (it works the engine, so each request
 has its event), harmless (it needs a key and no event) or refused. A route that is not in the table is refused too.
+`POST /v1/guard` is the gate's own: it judges texts and answers itself.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Handling = Literal["audited", "harmless", "refused"]
+Handling = Literal["audited", "harmless", "refused", "own"]
 MediaPolicy = Literal["deny", "allow", "guard"]
 
 
@@ -83,10 +84,13 @@ _REFUSED: Final[tuple[str, ...]] = (
     "GET /fault_tolerance/status",
 )  # fmt: skip
 
+GUARD: Final = "POST /v1/guard"
+
 ROUTES: Final[Mapping[str, Route]] = {
     **{f"POST {path}": Route("audited", operation) for path, operation in _AUDITED.items()},
     **{row: Route("harmless", operation) for row, operation in _HARMLESS.items()},
     **{row: Route("refused", "refused") for row in _REFUSED},
+    GUARD: Route("own", "guard"),
 }
 """`METHOD /path` to its treatment, paths as the server's router spells them."""
 

@@ -311,6 +311,15 @@ def _verdict(task: _Task, outcome: _Outcome) -> GuardResult:
     )
 
 
+def worst(results: Iterable[GuardResult]) -> list[GuardResult]:
+    """For each guard and stage the worst of these verdicts, with the time of all."""
+    found: dict[tuple[str, Stage], GuardResult] = {}
+    for result in results:
+        key = (result.guard, result.stage)
+        found[key] = _worse(found[key], result) if key in found else result
+    return list(found.values())
+
+
 def _worse(first: GuardResult, second: GuardResult) -> GuardResult:
     """The worse of two verdicts of one guard on one stage, with the time of both."""
     rank = (_WORST[second.decision], second.score) > (_WORST[first.decision], first.score)
