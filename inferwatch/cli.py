@@ -159,6 +159,19 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Look at what is easily forgotten: whether the guards start, and whether a sound check of them is on record.
+
+    Exit status 1 where something is broken, or a record was changed.
+
+    Example: inferwatch doctor --config inferwatch.toml
+    """
+    from inferwatch.doctor import run_doctor  # noqa: PLC0415
+
+    raise typer.Exit(run_doctor(load(config)))
+
+
+@app.command()
 def backtest(  # noqa: PLR0917  # the options of the command line
     source: Annotated[Source, typer.Option(help="Where the events are read: Kafka, or the store.")] = Source.kafka,
     detector: Annotated[str, typer.Option(help="Only findings of this detector.")] = "",

@@ -71,10 +71,13 @@ class Config(BaseSettings):
 
     def digest(self) -> str:
         """Twelve hex digits over all settings: two processes with the same digest run the same configuration."""
-        settings = orjson.dumps(
-            self.model_dump(), default=_plain, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
-        )
-        return hashlib.sha256(settings).hexdigest()[:12]
+        return settings_digest(self)
+
+
+def settings_digest(model: BaseModel) -> str:
+    """Twelve hex digits over all settings of a part of the configuration; the same in every process."""
+    settings = orjson.dumps(model.model_dump(), default=_plain, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    return hashlib.sha256(settings).hexdigest()[:12]
 
 
 def _plain(value: object) -> object:

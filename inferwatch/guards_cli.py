@@ -1,16 +1,14 @@
-"""`inferwatch guards`: run guards in a process of their own."""
+"""`inferwatch guards`: run guards in a process of their own, judge them, and train the classifier."""
 
 import typer
 
+from inferwatch import guards_check
 from inferwatch.config import load
 from inferwatch.options import ConfigOption
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-
-
-@app.callback()
-def _several() -> None:
-    """Keep `guards serve` a command of two words, however many there are."""
+app.command()(guards_check.check)
+app.command()(guards_check.train)
 
 
 @app.command()

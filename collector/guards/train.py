@@ -1,4 +1,4 @@
-"""Trains the injection guard: `python -m collector.guards.train DATA_DIR --out FILE`.
+"""Trains the injection guard: `inferwatch guards train DATA_DIR --out FILE`.
 
 DATA_DIR holds `*.jsonl` or `*.jsonl.gz` files, a row a line: text, label (0 harmless, 1 attack), family, lang,
 channel (user or document), source, licence. Texts of our own (`authored`) are added. The same data and seed give the
@@ -10,10 +10,7 @@ repeatedly, keeping the worst window of each (Andrews et al. 2003, multiple-inst
 rows whose whole family (user) or source (document) was left out of the fit.
 """
 
-import argparse
 import gzip
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +65,7 @@ class Row(msgspec.Struct, frozen=True):
     licence: str
 
 
-class BadTrainingData(Exception):
+class BadTrainingData(ValueError):
     """The data can't be trained on. One sentence with the file and line, never the text."""
 
 
@@ -280,39 +277,12 @@ def weights_bytes(heads: Mapping[Channel, TrainedHead]) -> bytes:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. 0 when the weights and the card are written; 2 with one sentence when the data can't be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m collector.guards.train",
-        description="Train the injection guard. Example: python -m collector.guards.train ../shared/data/prompts_train "
-        "--out collector/guards/injection.safetensors",
-    )
-    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder of .jsonl or .jsonl.gz rows")
-    parser.add_argument("--out", type=Path, required=True, help="weights to write; the card goes beside it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    options = parser.parse_args(arguments)
-    start_s = time.monotonic()
-
-    def tell(what: str) -> None:
-        if not options.quiet:
-            print(f"{time.monotonic() - start_s:6.0f} s  {what}", file=sys.stderr, flush=True)
-
-    try:
-        rows = load_rows(options.data)
-        everything = [*rows, *own_rows(options.seed)]
-        heads: dict[Channel, TrainedHead] = {
-            channel: train_head(everything, channel, options.seed, tell) for channel in SPECS
-        }
-    except BadTrainingData as problem:
-        print(problem, file=sys.stderr)
-        return 2
+def train_guard(data: Path, out: Path, seed: int, tell: Callable[[str], None]) -> None:
+    """Writes the weights to `out` and the card of this run beside them. Raises `BadTrainingData`, OSError."""
+    rows = load_rows(data)
+    everything = [*rows, *own_rows(seed)]
+    heads: dict[Channel, TrainedHead] = {channel: train_head(everything, channel, seed, tell) for channel in SPECS}
     raw = weights_bytes(heads)
-    options.out.write_bytes(raw)
-    options.out.with_name("MODEL_CARD.md").write_text(card(heads, everything, raw, options.seed), encoding="utf-8")
-    tell(f"wrote {options.out} ({len(raw)} bytes)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    out.write_bytes(raw)
+    out.with_name("MODEL_CARD.md").write_text(card(heads, everything, raw, seed), encoding="utf-8")
+    tell(f"wrote {out} ({len(raw)} bytes)")

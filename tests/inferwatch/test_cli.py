@@ -16,7 +16,7 @@ COMMANDS = (
     ("backtest",),
     ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("keys", "operator"),
     ("keys", "renew"), ("keys", "revoke"), ("keys", "epochs"), ("keys", "rotate"), ("keys", "shred"), ("lookup",),
-    ("record",), ("dashboards", "export"),
+    ("record",), ("dashboards", "export"), ("guards", "check"), ("guards", "train"), ("doctor",),
 )  # fmt: skip
 
 

@@ -47,10 +47,10 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     """The same rows and seed: the same weights and the same card; another seed: other weights."""
     data = write_rows(tmp_path / "data", ROWS)
     made = []
-    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         (tmp_path / name).mkdir()
         out = tmp_path / name / "w.safetensors"
-        assert train.main([str(data), "--out", str(out), "--seed", seed, "--quiet"]) == 0
+        train.train_guard(data, out, seed, lambda _: None)
         made.append((out.read_bytes(), (tmp_path / name / "MODEL_CARD.md").read_bytes()))
     assert made[0] == made[1]
     assert made[0][0] != made[2][0]
@@ -75,23 +75,24 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_data_is_refused_with_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: bytes, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, told: str
 ) -> None:
-    """Exit 2, one line on stderr, the file and line named, no text quoted, nothing written."""
+    """One sentence, the file and line named, no text quoted, nothing written."""
     monkeypatch.setattr(train, "own_rows", lambda seed: [])
     (tmp_path / "rows.jsonl").write_bytes(content or json.dumps(ROWS[0]).encode())
-    assert train.main([str(tmp_path), "--out", str(tmp_path / "w"), "--quiet"]) == 2
-    message = capsys.readouterr().err
+    with pytest.raises(train.BadTrainingData) as refused:
+        train.train_guard(tmp_path, tmp_path / "w", 0, lambda _: None)
+    message = str(refused.value)
     assert told in message
-    assert message.count("\n") == 1
+    assert "\n" not in message
     assert "obey" not in message
     assert not (tmp_path / "w").exists()
 
 
-def test_a_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     """An empty or missing folder is named."""
-    assert train.main([str(tmp_path / "gone"), "--out", str(tmp_path / "w")]) == 2
-    assert "no .jsonl or .jsonl.gz file in" in capsys.readouterr().err
+    with pytest.raises(train.BadTrainingData, match=r"no \.jsonl or \.jsonl\.gz file in"):
+        train.train_guard(tmp_path / "gone", tmp_path / "w", 0, lambda _: None)
 
 
 def test_our_own_texts_repeat_and_are_balanced() -> None:
