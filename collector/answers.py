@@ -6,7 +6,10 @@ where a guard judges it, and the held outputs.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Final, Literal
+
+from collector.holdback import Piece
 
 Kind = Literal["final", "delta", "cumulative"]
 FILTERED: Final = "content_filter"
@@ -17,11 +20,14 @@ _FINISH_ORDER: Final = ("error", "abort", "length", "stop")
 class Answer:
     """One engine request's answer; n choices are one answer."""
 
-    __slots__ = ("_decode", "_finish", "_lengths", "_texts", "_token_ids", "held", "kind")
+    __slots__ = ("_decode", "_finish", "_lengths", "_texts", "_token_ids", "held", "kind", "slack")
 
-    def __init__(self, kind: Kind, *, keep_text: bool, decode: Callable[[Sequence[int]], str] | None = None) -> None:
-        """`decode`: gives the text of token ids where the engine gives none."""
-        self.kind, self._decode = kind, decode
+    def __init__(
+        self, kind: Kind, *, keep_text: bool, decode: Callable[[Sequence[int]], str] | None = None, slack: int = 0
+    ) -> None:
+        """`decode`: gives the text of token ids where the engine gives none. `slack`: characters that the tokens of an
+        output can be ahead of its text."""
+        self.kind, self._decode, self.slack = kind, decode, slack
         self._lengths: dict[int, int] = {}
         self._finish: dict[int, str] = {}
         self._texts: dict[int, list[str]] | None = {} if keep_text else None
@@ -68,12 +74,31 @@ class Answer:
             texts.append(text)
         return texts
 
-    def withhold(self, output: Any, fixed_text: str) -> Any:
-        """`output`, the last one, with the text of every choice replaced: all go when one is blocked.
+    @property
+    def in_pieces(self) -> bool:
+        """Whether its text can be judged as it comes."""
+        return self._texts is not None and self._decode is None
 
-        What was held is dropped; choices that had finished in it finish here.
+    def pieces(self, output: Any) -> list[Piece]:
+        """The texts in one output, where they are judged."""
+        if self._texts is None:
+            return []
+        return [Piece(choice.index, choice.text, choice.index) for choice in output.outputs]
+
+    def ended(self, output: Any) -> list[int]:
+        """The choices that end with this output."""
+        return [choice.index for choice in output.outputs if choice.finish_reason is not None]
+
+    def withhold(self, output: Any, fixed_text: str, held: Sequence[Any] = ()) -> Any:
+        """`output`, now the last one, with the text of every choice replaced: all go when one is blocked.
+
+        What was held is dropped; choices that had finished in it, and those that are still under way, finish here.
         """
-        choices = {choice.index: choice for earlier in (*self.held, output) for choice in earlier.outputs}
+        held = [*held, *self.held, output]
+        choices = {choice.index: choice for earlier in held for choice in earlier.outputs}
+        for index in set(self._lengths) - set(self._finish) - set(choices):
+            choices[index] = copy(output.outputs[0])
+            choices[index].index = index
         self.held.clear()
         for choice in choices.values():
             choice.text = fixed_text
@@ -83,5 +108,6 @@ class Answer:
             choice.finish_reason = FILTERED
             choice.stop_reason = None
         output.outputs = [choices[index] for index in sorted(choices)]
+        output.finished = True
         self._finish = dict.fromkeys(choices, FILTERED)
         return output

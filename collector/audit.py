@@ -19,7 +19,7 @@ from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import Adapter, GuardResult, Media, Stage, Status
 from collector.guards.protocol import ALONE, Context, MediaGuard
-from collector.guards.stack import GuardStack
+from collector.guards.stack import GuardStack, Holding
 from collector.identity import Pseudonyms
 from collector.limits import Lease
 from collector.media import Item, listed, verdict_on
@@ -138,9 +138,22 @@ class Audit:
         if not self.first_token_s:
             self.first_token_s = self._auditor.clock_s()
 
-    def judge(self, texts: Sequence[str]) -> tuple[list[GuardResult], bool]:
-        """The verdicts on an answer's texts and whether they block it. Blocking: run it in a thread."""
-        results = self._auditor.guards.judge([("output", text) for text in texts], self._context)
+    def holding(self) -> Holding:
+        """How the answer is to be held back."""
+        return self._auditor.guards.holding(self._context)
+
+    def judge(
+        self, texts: Sequence[str], guards: frozenset[str] | None = None, *, others: bool = False
+    ) -> tuple[list[GuardResult], bool]:
+        """The verdicts on an answer's texts and whether they block it. Blocking: run it in a thread.
+
+        `guards`: those that judge, or with `others` those that do not; None: all.
+        """
+        results = self._auditor.guards.judge(
+            [("output", text) for text in texts],
+            self._context,
+            guards=lambda name: guards is None or (name in guards) is not others,
+        )
         self._auditor.count_errors(results)
         return results, self._auditor.guards.blocks(results, self._context)
 
@@ -219,7 +232,7 @@ class Auditor:
         self.clock_s = clock_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
         self._model = {"model_version": model_version, "weights_digest": weights_digest}
-        self.stages = frozenset(stage for stage in STAGES if guards.judge([(stage, "a")]))
+        self.stages = guards.stages
         """The stages that some guard judges."""
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:

@@ -157,6 +157,10 @@ class AuditEvent(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False
     tokens_from: Literal["usage", "chunks", "shared", "unknown", ""] = ""
     """Who counted the tokens; empty: the engine. Behind a proxy: the upstream's `usage`, else the `chunks` of its
     stream; `shared`: its usage of several prompts, shared out over their events; `unknown`: it told none."""
+    released_chars: Count = 0
+    """Of a blocked answer: characters that had left, judged and passed, before the block."""
+    chunks_removed: Count = 0
+    """Documents, tool results and marked spans that a guard took out of the request; the rest of it went on."""
 
 
 class Rejection(AuditEvent, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="rejection"):
@@ -197,6 +201,15 @@ class Heartbeat(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False,
     """What the engine's own statistics count as finished; n choices are n."""
     unaudited: Count = 0
     """Of those the ones that never passed the wrapper: each is an inference without an event."""
+    canaries_failed: dict[Name, Count] = {}
+    """By guard: known attacks that it missed, and harmless texts that it blocked, of those it is given by the clock."""
+    guards_unhealthy: Annotated[list[Name], Meta(max_length=64)] = []
+    """Guards whose last round of them failed."""
+    guard_scores: dict[Name, list[Count]] = {}
+    """By `GUARD/STAGE`: how many texts had a score in each tenth of [0, 1] so far; what failed or was left out by
+    sampling is not counted."""
+    guard_drift: dict[Name, Annotated[float, Meta(ge=0, le=1e6)]] = {}
+    """By `GUARD/STAGE`: how far its last scores lie from its reference, as a population stability index."""
 
 
 class Goodbye(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag="goodbye"):

@@ -9,6 +9,7 @@ later versions are judged too. Memory: the text of one answer, where a guard jud
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from collector.holdback import Piece
 from collector.proxy_routes import Api
 
 Frame = Mapping[str, Any]
@@ -45,6 +46,8 @@ class Seen:
         self.prompt_tokens = self.usage_tokens = 0
         self.counted = self.ended = self.failed = False
         self.choices = 1
+        self.pieces: list[Piece] = []
+        """The texts of the last frame."""
         self.head: dict[str, Any] = {}
         """The labels of the first frame, for the answer that is put in its place where it is blocked."""
 
@@ -58,10 +61,12 @@ class Seen:
         self._end(frame)
         said = False
         kind = str(frame.get("type", ""))
+        self.pieces.clear()
         for path, text in [] if self._api == "vectors" else _texts(frame, (kind, frame.get("output_index"))):
             said = said or bool(text)
             if self._keep:
                 self._texts.setdefault(path, []).append(text)
+                self.pieces.append(Piece(path, text, _choice(path)))
         said = said and not (kind.startswith("response.") and not kind.endswith(".delta"))
         self._pieces += said
         return said
@@ -144,6 +149,12 @@ def _texts(value: object, path: Path, depth: int = 0) -> Iterator[tuple[Path, st
         for place, entry in enumerate(value):
             index = entry.get("index") if isinstance(entry, dict) else None
             yield from _texts(entry, (*path, index if isinstance(index, int) else place), depth + 1)
+
+
+def _choice(path: Path) -> int:
+    """Of OpenAI's several choices the one that a text is of."""
+    place = path[3] if path[2:3] == ("choices",) and len(path) > 3 else 0
+    return place if isinstance(place, int) else 0
 
 
 def usage_alone(frame: Frame) -> bool:

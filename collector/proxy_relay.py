@@ -1,15 +1,16 @@
 """Passes one answer on from the server behind to the client, and writes the events of its prompts at the right moment.
 
-Without a guard on answers a stream's frames go on as they come; with one they are held until the whole answer is judged
-(`collector.gate.hold_streams`), or cut at the end. In each case the events are written before the last byte goes out.
+Without a guard on answers a stream's frames go on as they come; with one they are held back as far as it needs
+(`collector.watch`). In each case the events are written before the last byte goes out.
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import orjson
 
+from collector.answers import FILTERED
 from collector.audit import Audit, Auditor, Counted, Timing, Unaudited
 from collector.event import GuardResult, Status
 from collector.proxy_answers import Seen, usage_alone
@@ -19,8 +20,10 @@ from collector.proxy_upstream import Answer, UpstreamFailed
 from collector.proxy_withheld import stream as withheld_stream
 from collector.proxy_withheld import whole as withheld_whole
 from collector.requests import Refusal
+from collector.watch import Watch
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_NOTHING: Final[Mapping[str, object]] = {}
 _ERROR_BYTES_MAX: Final = 65_536
 _STREAMS: Final = frozenset({"text/event-stream", "application/x-ndjson"})
 
@@ -110,37 +113,41 @@ class Relay:
     # -- streams
 
     async def _stream(self, answer: Answer) -> None:
-        frames, last = Frames(answer.type), list[bytes]()
+        frames = Frames(answer.type)
+        watch: Watch[bytes] = Watch(self._auditor, self.audits[0] if self._judged and self.audits else None)
         try:
             async for piece in answer.pieces():
-                if ready := b"".join(self._ready(frames.feed(piece), last)):
-                    await self._out(answer.type, ready)
-            for frame in frames.end():
-                last += [frame.raw] if self._keeps(frame) else []
+                await self._pass(answer.type, frames.feed(piece), watch)
+                if watch.blocked:
+                    break
+            watch.shut()
+            await self._pass(answer.type, iter(()) if watch.blocked else frames.end(), watch)
         except Garbled:
             raise UpstreamFailed(502, "upstream_garbled") from None
-        if not self._seen.finished and not self._seen.failed and self._api != "management":
+        late = watch.blocked
+        if not late and not self._seen.finished and not self._seen.failed and self._api != "management":
             raise UpstreamFailed(502, "upstream_broke")
-        verdicts, blocked = await self._judge()
+        verdicts, blocked = await watch.judge(self._seen.texts())
+        last = b"".join(watch.held)
         if blocked:
             text, begun = self._auditor.gate.blocked_text, bool(self._streaming)
-            last = [withheld_stream(self._api, self._seen, text, begun=begun)]
+            last = withheld_stream(self._api, self._seen, text, begun=begun)
         status: Status = "blocked_output" if blocked else "error" if self._seen.failed else "ok"
         reason = "upstream_failed" if status == "error" else ""
-        self._close(status, verdicts=verdicts, reason=reason, http_status=200)
-        await self._out(answer.type, b"".join(last), more=False)
+        finish = FILTERED if late else ""
+        self._close(status, verdicts=verdicts, reason=reason, http_status=200, finish=finish, told=watch.told)
+        await self._out(answer.type, last, more=False)
 
-    def _ready(self, frames: Iterator[Frame], last: list[bytes]) -> Iterator[bytes]:
-        """The frames that may go out now; the others are put to the `last`."""
-        holds = self._judged and self._auditor.gate.hold_streams
+    async def _pass(self, content_type: str, frames: Iterator[Frame], watch: "Watch[bytes]") -> None:
+        """Take frames in, and let out what may go."""
         for frame in frames:
             if not self._keeps(frame):
                 continue
-            ends = self._seen.finished if self._judged else self._seen.ended or self._seen.failed
-            if holds or last or frame.last or ends:
-                last.append(frame.raw)
-            else:
-                yield frame.raw
+            if frame.last or (self._seen.finished if self._judged else self._seen.ended or self._seen.failed):
+                watch.shut()
+            watch.put(frame.raw, self._seen.pieces if frame.said is not None else ())
+        if ready := b"".join(await watch.ready()):
+            await self._out(content_type, ready)
 
     def _keeps(self, frame: Frame) -> bool:
         """Take note of a frame; whether the client is to have it."""
@@ -168,25 +175,32 @@ class Relay:
         return await self._auditor.in_thread(self.audits[0].judge, self._seen.texts())
 
     def _close(
-        self, status: Status, *, verdicts: Sequence[GuardResult] = (), reason: str = "", http_status: int = 0
+        self,
+        status: Status,
+        *,
+        verdicts: Sequence[GuardResult] = (),
+        reason: str = "",
+        http_status: int = 0,
+        finish: str = "",
+        told: Mapping[str, object] = _NOTHING,
     ) -> None:
         """Write the events that are not written yet. Raises Unaudited."""
         seen, several = self._seen, len(self.audits)
         spans = seen.token_count > 1 and self._last_s > self._first_s
         spread = (self._last_s - self._first_s) * 1000 / (seen.token_count - 1) if spans else None
         for place, audit in enumerate(self.audits):
-            told = {
+            counts = {
                 "prompt_tokens": _share(seen.prompt_tokens, place, several),
                 "tokens_from": "shared" if several > 1 else seen.tokens_from,
             }
             audit.close(
                 status,
-                answer=Counted(_share(seen.token_count, place, several), seen.finish_reason),
+                answer=Counted(_share(seen.token_count, place, several), finish or seen.finish_reason),
                 verdicts=verdicts,
                 timing=Timing(ms_per_output_token=spread),
                 reason=reason,
                 http_status=http_status,
-                told=told,
+                told={**counts, **told},
             )
 
 

@@ -149,8 +149,16 @@ class GateConfig(BaseModel):
     )
     hold_streams: bool = Field(
         True,
-        description="Where a guard judges answers, hold a stream until its whole answer is judged. false: deltas pass "
-        "at once, and a blocked answer is cut at its end.",
+        description="Where a guard that can block judges answers, hold streams back until they are judged. false: "
+        "deltas pass at once, and a blocked answer is cut at its end.",
+    )
+    hold_back_chars: int = Field(
+        256,
+        ge=0,
+        le=1_000_000,
+        description="How much of a stream is held back: its last characters, while the guards judge it as it comes; at "
+        "least what a guard needs to see in one piece. A late block ends the stream. 0, or a guard that needs the "
+        "whole answer: hold it to its end.",
     )
     blocked_text: str = Field(
         "This answer was withheld by policy.", min_length=1, max_length=1_000, description="Put for a blocked answer."

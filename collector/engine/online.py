@@ -16,11 +16,15 @@ from collector.engine.counting import aborted_tokens
 from collector.engine.process import current
 from collector.engine.steps import part_of
 from collector.event import Status
+from collector.watch import Watch
 
 Generator = AsyncGenerator[Any, None]
 KINDS: Final[Mapping[str, Kind]] = {"DELTA": "delta", "FINAL_ONLY": "final"}
 ENDS: Final[Mapping[str, tuple[Status, int]]] = {"abort": ("aborted", 0), "error": ("error", 500)}
 """Of the engine's finish reasons those that are no answer."""
+UNDECODED_CHARS_MAX: Final = 16
+"""Token ids and probabilities can be this far ahead of the text beside them: bytes that are no whole character yet. And
+by as much as a stop string is long, whose beginning vLLM keeps until it knows."""
 
 
 def wrap_generate(original: Callable[..., Generator]) -> Callable[..., Generator]:
@@ -45,7 +49,9 @@ def wrap_generate(original: Callable[..., Generator]) -> Callable[..., Generator
 def answer_for(engine: Any, params: Any, auditor: Auditor) -> Answer:
     """Keeps what the output guards need."""
     text = None if params.detokenize else functools.partial(decode, engine)
-    return Answer(KINDS.get(params.output_kind.name, "cumulative"), keep_text="output" in auditor.stages, decode=text)
+    kind, stop = KINDS.get(params.output_kind.name, "cumulative"), getattr(params, "stop", None) or ()
+    slack = UNDECODED_CHARS_MAX + max(map(len, [stop] if isinstance(stop, str) else stop), default=0)
+    return Answer(kind, keep_text="output" in auditor.stages, decode=text, slack=slack)
 
 
 def wrap_encode(original: Callable[..., Generator]) -> Callable[..., Generator]:
@@ -114,26 +120,37 @@ class Audited(AsyncGenerator[Any, None]):
 
 async def answered(inner: Generator, audit: Audit, answer: Answer, auditor: Auditor) -> Generator:
     """The engine's outputs as the client may have them; the event is written before the last of them goes out."""
-    judged = "output" in auditor.stages
+    watch: Watch[Any] = Watch(
+        auditor,
+        audit if "output" in auditor.stages else None,
+        cumulative=answer.kind != "delta",
+        windows=answer.in_pieces,
+        slack=answer.slack,
+    )
     try:
         async for output in inner:
             answer.see(output)
             if answer.kind != "final":
                 audit.saw_tokens()
             if not output.finished:
-                if judged and auditor.gate.hold_streams:
-                    answer.held.append(output)
-                else:
-                    yield output
-                continue
-            verdicts, blocked = await auditor.in_thread(audit.judge, answer.texts()) if judged else ([], False)
-            last = answer.withhold(output, auditor.gate.blocked_text) if blocked else output
+                watch.put(output, answer.pieces(output), ended=answer.ended(output))
+                for earlier in await watch.ready():
+                    yield earlier
+                if not watch.blocked:
+                    continue
+                await inner.aclose()  # the engine need not go on
+                audit.generated = aborted_tokens(audit.request_id)
+            late = watch.blocked
+            verdicts, blocked = await watch.judge(answer.texts())
+            last = answer.withhold(output, auditor.gate.blocked_text, watch.held) if blocked else output
             status, code = ("blocked_output", 200) if blocked else ENDS.get(answer.finish_reason, ("ok", 200))
-            timing = timing_of(output.metrics)
-            audit.close(cast(Any, status), answer=answer, verdicts=verdicts, timing=timing, http_status=code)
-            for earlier in answer.held:
+            timing, told = timing_of(output.metrics), watch.told
+            audit.close(cast(Any, status), answer=answer, verdicts=verdicts, timing=timing, http_status=code, told=told)
+            for earlier in [] if blocked else watch.held:
                 yield earlier
             yield last
+            if late:
+                break
     except BaseException as error:  # noqa: BLE001 - cancellation and closing have their events too
         with contextlib.suppress(BaseException):
             await inner.aclose()  # the engine says only now how many tokens it had generated

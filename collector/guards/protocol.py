@@ -100,6 +100,18 @@ class Guard(Protocol):
         """The judgement on `text`, of any length and content, lone surrogates included. Deterministic."""
 
 
+class WindowGuard(Guard, Protocol):
+    """A guard that can judge an answer in pieces while it comes; every other guard is given answers whole.
+
+    What it would block in an answer it blocks in any piece of it that holds `window_chars` characters before and after.
+    Runs of visible ASCII without a blank are not parted for it, up to 8,192 characters.
+    """
+
+    @property
+    def window_chars(self) -> int:
+        """At least 1."""
+
+
 class BatchGuard(Guard, Protocol):
     """A guard that judges several texts together for less than one by one."""
 

@@ -198,6 +198,8 @@ class SecretsGuard:
     name = "secrets"
     stages = SecretsConfig.able
     labels: frozenset[str] = frozenset(get_args(Kind))
+    window_chars = 256
+    """Of what holds blanks, an assignment of a secret is the longest; everything else is one run."""
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None, contacts_max: int = 0) -> None:
         chosen: dict[Kind, Action] = {**DEFAULT_ACTIONS, **(actions or {})}

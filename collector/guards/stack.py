@@ -32,6 +32,17 @@ class BadJudgement(Exception):
     """A guard's answer is no judgement: a score that is no number in [0, 1], an undeclared label, a wrong shape."""
 
 
+class Holding(NamedTuple):
+    """How the guards of one tenant and route judge answers."""
+
+    blocks: bool
+    """Whether any of them can block one."""
+    window_chars: int | None = None
+    """What each of those that can has to see in one piece; None where one must see the whole answer."""
+    stepwise: frozenset[str] = frozenset()
+    """Those that judge in windows."""
+
+
 class _Post(NamedTuple):
     """A guard and its policy."""
 
@@ -105,28 +116,54 @@ class GuardStack:
         """Guard name to version, in order."""
         return {post.guard.name: post.guard.version for post in self._posts}
 
+    @property
+    def stages(self) -> frozenset[Stage]:
+        """Those that any guard judges."""
+        return frozenset(stage for post in self._posts for stage in post.stages)
+
     def errors(self) -> dict[str, int]:
         """Guard name to the number of texts it failed to judge since the start (for heartbeats)."""
         with self._lock:
             return dict(self._errors)
 
-    def judge(self, texts: Sequence[tuple[Stage, str]], context: Context = ALONE) -> list[GuardResult]:
+    def holding(self, context: Context = ALONE) -> Holding:
+        """How answers are to be held back. A guard that only watches holds nothing up."""
+        ruling = [
+            post
+            for post in self._posts
+            if "output" in post.stages and post.policy.mode_for(context.tenant, "output") == "enforce"
+        ]
+        chars = [int(getattr(post.guard, "window_chars", 0)) for post in ruling]
+        if not all(chars):
+            return Holding(blocks=True)
+        return Holding(bool(ruling), max(chars, default=0), frozenset(post.guard.name for post in ruling))
+
+    def judge(
+        self,
+        texts: Sequence[tuple[Stage, str]],
+        context: Context = ALONE,
+        *,
+        guards: Callable[[str], bool] = lambda _: True,
+    ) -> list[GuardResult]:
         """One verdict for each guard and stage present in `texts`, in the guards' order; the worst of several texts.
+
+        `guards`: which of them judge, by name.
 
         At most 16 guards × 4 stages = 64 verdicts, whatever the number of texts. `latency_ms` is the sum over the
         texts. Never raises.
         """
         tasks = [
-            _Task(post, stage, text, context) for post in self._posts for stage, text in texts if stage in post.stages
+            _Task(post, stage, text, context)
+            for post in self._posts
+            if guards(post.guard.name)
+            for stage, text in texts
+            if stage in post.stages
         ]
-        verdicts: dict[tuple[str, Stage], GuardResult] = {}
-        for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
-            new = _verdict(task, outcome)
-            key = (new.guard, new.stage)
-            verdicts[key] = _worse(verdicts[key], new) if key in verdicts else new
-            if new.decision == "error":
-                self._count_error(new)
-        return list(verdicts.values())
+        verdicts = [_verdict(task, outcome) for task, outcome in zip(tasks, self._outcomes(tasks), strict=True)]
+        for verdict in verdicts:
+            if verdict.decision == "error":
+                self._count_error(verdict)
+        return worst(verdicts)
 
     def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
         """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""

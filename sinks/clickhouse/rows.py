@@ -45,7 +45,8 @@ _PLAIN: Final = (
     "latency_ms", "blocked", "status", "http_request_id", "route", "operation", "http_status", "finish_reason",
     "reason", "prompt_tokens", "max_tokens", "ttft_ms", "queue_ms", "ms_per_output_token", "stream", "n",
     "weights_digest", "key_id", "api_key", "client_address", "turn_hash", "system_hash", "minhash", "view",
-    "key_epoch", "chain", "trace_id", "tokens_from", "collector_id", "boot", "seq",
+    "key_epoch", "chain", "trace_id", "tokens_from", "released_chars", "chunks_removed", "collector_id", "boot",
+    "seq",
 )  # fmt: skip
 """Fields stored as they are, in columns of the same name. A test holds that no field of the event is forgotten."""
 _plain_of = attrgetter(*_PLAIN)

@@ -48,6 +48,8 @@ CREATE TABLE IF NOT EXISTS events
     tokens_from         LowCardinality(String),
     media               String                 CODEC(ZSTD(1)),
     media_count         UInt64                 CODEC(ZSTD(1)),
+    released_chars      UInt64                 CODEC(ZSTD(1)),
+    chunks_removed      UInt64                 CODEC(ZSTD(1)),
     guard_names         Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_versions      Array(LowCardinality(String)) CODEC(ZSTD(1)),
     guard_stages        Array(LowCardinality(String)) CODEC(ZSTD(1)),
@@ -84,6 +86,8 @@ ALTER TABLE events ADD COLUMN IF NOT EXISTS trace_id String CODEC(ZSTD(1)) AFTER
 ALTER TABLE events ADD COLUMN IF NOT EXISTS tokens_from LowCardinality(String) AFTER trace_id;
 ALTER TABLE events ADD COLUMN IF NOT EXISTS media String CODEC(ZSTD(1)) AFTER tokens_from;
 ALTER TABLE events ADD COLUMN IF NOT EXISTS media_count UInt64 CODEC(ZSTD(1)) AFTER media;
+ALTER TABLE events ADD COLUMN IF NOT EXISTS released_chars UInt64 CODEC(ZSTD(1)) AFTER media_count;
+ALTER TABLE events ADD COLUMN IF NOT EXISTS chunks_removed UInt64 CODEC(ZSTD(1)) AFTER released_chars;
 ALTER TABLE events ADD INDEX IF NOT EXISTS by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 4;
 
 -- The records of lanes that are no events, and any whose bytes the columns above would not give back: with them the

@@ -95,6 +95,8 @@ RECORDS: dict[str, AnyRecord] = {
         view="messages",
         trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
         tokens_from="usage",
+        released_chars=300,
+        chunks_removed=2,
     ),
     "rejection": Rejection(
         **STAMP,
@@ -126,6 +128,10 @@ RECORDS: dict[str, AnyRecord] = {
         guard_errors={"ngrams": 1},
         engine_finished=11,
         unaudited=1,
+        canaries_failed={"ngrams": 2},
+        guards_unhealthy=["ngrams"],
+        guard_scores={"ngrams/input": [7, 0, 0, 0, 0, 1, 0, 0, 0, 2]},
+        guard_drift={"ngrams/input": 0.25},
     ),
     "goodbye": Goodbye(**STAMP, reason="recovered"),
     "checkpoint": Checkpoint(

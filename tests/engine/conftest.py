@@ -72,6 +72,9 @@ class SwitchGuard:
     def __init__(self) -> None:
         self.block_output = False
         self.fail = False
+        self.window_chars = 0
+        """Above 0: judges answers in windows, and blocks when `passes` of them have passed."""
+        self.passes = 1_000_000
         self.saw: list[tuple[str, str]] = []
 
     def judge(self, text: str, stage: str, context: object = None) -> Judgement:
@@ -80,6 +83,9 @@ class SwitchGuard:
         if self.fail:
             raise RuntimeError(text)
         bad = self.block_output if stage == "output" else "blockme" in text
+        if stage == "output" and self.window_chars:
+            self.passes -= 1
+            bad = bad or self.passes < 0
         return Judgement(0.9 if bad else 0.1, "switch" if bad else "", bad)
 
 

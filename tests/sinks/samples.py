@@ -160,6 +160,8 @@ def event(number: int = 0, cls: type[AuditEvent] = AuditEvent, **fields: Any) ->
         "chain": "hmac:03",
         "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
         "tokens_from": "usage",
+        "released_chars": 300,
+        "chunks_removed": 2,
     }
     return cls(**(values | fields))
 

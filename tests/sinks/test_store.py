@@ -311,7 +311,7 @@ def test_a_server_that_is_away_is_one_sentence(tmp_path):
 def test_the_schema_has_no_placeholder_left():
     """Each statement is whole."""
     statements = schema(StoreConfig())
-    assert len(statements) == 13
+    assert len(statements) == 15
     assert all(statement.startswith(("CREATE ", "ALTER ")) and "_days" not in statement for statement in statements)
 
 
