@@ -263,7 +263,7 @@ class Auditor:
     def judge(self, view: PromptView, caller: Caller, route: str = "") -> Judged:
         """Verdicts and digests of one prompt. Takes as long as the guards do: run it in a thread where it can be."""
         results: list[GuardResult] = []
-        context = Context(caller.tenant, route, view.system, view.prompt)
+        context = Context(caller.tenant, route, view.system, view.prompt, self._names(caller).session)
         if self.stages - {"output"}:
             results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), context)
             self.count_errors(results)

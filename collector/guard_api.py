@@ -34,9 +34,9 @@ async def answer(auditor: Auditor, scope: MutableMapping[str, Any], at_hand: Exc
     body = parse(raw)
     at_hand.caller = caller = caller_of(scope, auditor, at_hand, body)
     texts = _texts(body)
-    context = Context(caller.tenant, at_hand.route, _string(body, "system"), _string(body, "prompt"))
-    judged = await auditor.in_thread(auditor.judge_each, [text[:2] for text in texts], context)
     names = caller.names or auditor.identity.names(caller.tenant)
+    context = Context(caller.tenant, at_hand.route, _string(body, "system"), _string(body, "prompt"), names.session)
+    judged = await auditor.in_thread(auditor.judge_each, [text[:2] for text in texts], context)
     auditor.reject(
         at_hand,
         reason="guard_api",

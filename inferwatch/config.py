@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, Self, cast, get_args
+from typing import Final, Self, cast, get_args, get_origin
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -144,22 +144,28 @@ def _model_in(annotation: object) -> type[BaseModel] | None:
 
 def describe(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every key with its default and meaning, as the lines of an example `inferwatch.toml`."""
-    tables: list[tuple[str, type[BaseModel], bool]] = []
+    tables: list[tuple[str, type[BaseModel], str]] = []
     for name, field in model.model_fields.items():
         inner = _model_in(field.annotation)
         if inner is not None:
-            tables.append((f"{prefix}{name}", inner, field.default is None))
+            each = get_origin(field.annotation) is dict
+            left_out = "one for each" if each else "left out: not used" if field.default is None else ""
+            tables.append((f"{prefix}{name}.NAME" if each else f"{prefix}{name}", inner, left_out))
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         yield f"# {field.description}" if field.description else "#"
         yield f"# {name} = {_toml(default)}" if default is not None else f"# {name} ="
-    for name, inner, optional in tables:
+    for name, inner, left_out in tables:
         yield ""
-        yield f"# [{name}]  (left out: not used)" if optional else f"[{name}]"
+        yield f"# [{name}]  ({left_out})" if left_out or ".NAME." in name else f"[{name}]"
         yield from describe(inner, f"{name}.")
+
+
+def _as_json(value: object) -> object:
+    return sorted(value) if isinstance(value, frozenset) else str(value)
 
 
 def _toml(value: object) -> str:
     """A default as TOML would write it; JSON's scalars and arrays are TOML's."""
-    plain = cast(object, orjson.loads(orjson.dumps(value, default=str)))
+    plain = cast(object, orjson.loads(orjson.dumps(value, default=_as_json)))
     return orjson.dumps(plain).decode()

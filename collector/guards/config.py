@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from collector.guards.injection import InjectionConfig
+from collector.guards.policy import Route, RouteOrder, TenantOrder
 from collector.guards.protocol import GuardPolicy
 from collector.guards.secrets import SecretsConfig
 from collector.guards.sidecar_config import SidecarConfig
@@ -25,6 +26,18 @@ class GuardsConfig(BaseModel):
         description="The guards that run, in this order, by the names of their tables. Empty: none. All of them judge, "
         "also after the first has blocked.",
     )
+    tenants: dict[str, TenantOrder] = Field(
+        {}, max_length=4096, description="By tenant name: an order of its own, and by route within."
+    )
+    routes: dict[Route, RouteOrder] = Field({}, max_length=256, description="By route: an order of its own.")
+    cache_entries: int = Field(
+        4096,
+        ge=0,
+        le=1_000_000,
+        description="Judgements kept in memory, by a keyed hash of the text and never across tenants, so that a "
+        "conversation's earlier turns are not judged again. 0: none.",
+    )
+    cache_ttl_s: float = Field(300, gt=0, le=86_400, description="How long a judgement is kept.")
     text_chars_max: int = Field(
         4_000_000,
         ge=1_000,
@@ -56,6 +69,21 @@ class GuardsConfig(BaseModel):
             if isinstance(field.annotation, type) and issubclass(field.annotation, GuardPolicy)
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every guard that is in some order, those of the general one first."""
+        return tuple(dict.fromkeys(name for order in self._orders() for name in order))
+
+    def _orders(self) -> list[tuple[str, ...]]:
+        tenants = [layer for own in self.tenants.values() for layer in (own, *own.routes.values())]
+        return [self.order, *(layer.order for layer in (*tenants, *self.routes.values()) if layer.order is not None)]
+
+    def order_for(self, tenant: str, route: str) -> tuple[str, ...]:
+        """The guards that judge for one tenant on one route: the narrowest order that is set."""
+        own = self.tenants.get(tenant)
+        layers = [own.routes.get(route) if own is not None else None, own, self.routes.get(route)]
+        return next((layer.order for layer in layers if layer is not None and layer.order is not None), self.order)
+
     def policy(self, name: str) -> GuardPolicy:
         """A guard's own table. Raises KeyError for a name that is no guard."""
         if name not in self.known():
@@ -66,9 +94,9 @@ class GuardsConfig(BaseModel):
 
     @model_validator(mode="after")
     def _order_names_guards_once(self) -> Self:
-        unknown = [name for name in self.order if name not in self.known()]
+        unknown = [name for name in self.names if name not in self.known()]
         if unknown:
             raise ValueError(f"order names {unknown[0]!r}, which is no guard; there are {', '.join(self.known())}")
-        if len(set(self.order)) != len(self.order):
+        if any(len(set(order)) != len(order) for order in self._orders()):
             raise ValueError("order names a guard twice")
         return self

@@ -125,6 +125,7 @@ class InjectionGuard:
     """Judges by the worst window of a text. Stateless after the start; about 0.3 ms per KB."""
 
     name = "injection"
+    reads: frozenset[str] = frozenset()
     stages: frozenset[Stage] = frozenset(CHANNELS)
     labels = frozenset((*UNDONE, *_LABELS.values()))
     probes = (

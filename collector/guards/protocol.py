@@ -6,18 +6,22 @@ nor each other: `collector.guards.stack` runs them, bounds their time and turns 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from collector.event import Stage
+from collector.guards.policy import Poisoned, Route, RoutePolicy, Rule, Sample, TenantPolicy, Threshold, narrowest
 
 if TYPE_CHECKING:
     from collector.media import Item
 
-Threshold = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+UNSAMPLED: Final = "unsampled"
+"""The label of a verdict that was not made, since sampling left the request out."""
+CONTEXT: Final = frozenset({"route", "system", "prompt"})
+"""What a guard may read of the context, beside the tenant."""
 
 
 class GuardRefused(Exception):
@@ -46,6 +50,8 @@ class Context:
     """The system prompt."""
     prompt: str = field(default="", repr=False)
     """What was asked: the user's objective, and what an answer answers."""
+    draw: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
+    """A digest under a key of the tenant's, hexadecimal at its end: decides what is sampled."""
 
 
 ALONE: Final = Context()
@@ -97,7 +103,11 @@ class Guard(Protocol):
         """At least one text that must be blocked and one that must pass, at the shipped threshold."""
 
     def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:
-        """The judgement on `text`, of any length and content, lone surrogates included. Deterministic."""
+        """The judgement on `text`, of any length and content, lone surrogates included. Deterministic.
+
+        It may be kept and given again for the same text, stage, tenant and context. A guard that does not read all of
+        the context says so by an attribute `reads`, names out of `CONTEXT`: more can be kept then.
+        """
 
 
 class WindowGuard(Guard, Protocol):
@@ -137,16 +147,6 @@ class MediaGuard(Protocol):
         """The judgement on one item."""
 
 
-class TenantPolicy(BaseModel):
-    """What one tenant has otherwise than the rest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    threshold: Threshold | None = Field(None, description="Block at this score and above, for this tenant.")
-    mode: Literal["enforce", "shadow"] | None = Field(None, description="shadow: judge and report, never block.")
-    on_error: Literal["block", "allow"] | None = Field(None, description="What happens to a text it failed to judge.")
-
-
 class GuardPolicy(BaseModel, ABC):
     """What every guard's table in the config can say. Guards add fields of their own."""
 
@@ -180,27 +180,39 @@ class GuardPolicy(BaseModel, ABC):
     deadline_ms_per_kchar: float = Field(
         5, ge=0, le=10_000, description="Added to the deadline for every 1,000 characters of the text."
     )
+    sample: Sample = Field(
+        1.0,
+        description="The share of requests that it judges, for guards that cost much. Which ones, a keyed hash of the "
+        "prompt says, so the same prompt is always judged or never; the verdict on the others is allow, `unsampled`.",
+    )
+    poisoned: Poisoned = Field(
+        "block",
+        description="What happens to a document, a marked span or tool output that it blocks. drop: it is taken out, "
+        "the rest of the request goes on, and the event has the count.",
+    )
     tenants: dict[str, TenantPolicy] = Field(
-        default_factory=dict, max_length=4096, description="By tenant name: threshold, mode and on_error of its own."
+        default_factory=dict, max_length=4096, description="By tenant name: what it has otherwise, routes within."
+    )
+    routes: dict[Route, RoutePolicy] = Field(
+        default_factory=dict, max_length=256, description="By route, `POST /v1/completions`: what it has otherwise."
     )
 
     @abstractmethod
     def build(self) -> Guard:
         """The guard, ready to judge. Raises `GuardRefused`."""
 
-    def threshold_for(self, tenant: str) -> float | None:
+    def rule(self, tenant: str = "", route: str = "") -> Rule:
+        """What holds for one tenant on one route: the narrowest of what is set."""
         own = self.tenants.get(tenant)
-        return self.threshold if own is None or own.threshold is None else own.threshold
-
-    def mode_for(self, tenant: str, stage: Stage) -> Literal["enforce", "shadow"]:
-        if stage in self.shadow_stages:
-            return "shadow"
-        own = self.tenants.get(tenant)
-        return self.mode if own is None or own.mode is None else own.mode
-
-    def on_error_for(self, tenant: str) -> Literal["block", "allow"]:
-        own = self.tenants.get(tenant)
-        return self.on_error if own is None or own.on_error is None else own.on_error
+        layers = [own.routes.get(route) if own is not None else None, own, self.routes.get(route)]
+        return Rule(
+            threshold=narrowest("threshold", layers, self.threshold),
+            mode=narrowest("mode", layers, self.mode),
+            on_error=narrowest("on_error", layers, self.on_error),
+            sample=narrowest("sample", layers, self.sample),
+            poisoned=narrowest("poisoned", layers, self.poisoned),
+            shadow_stages=self.shadow_stages,
+        )
 
 
 def windows(length: int, size: int, step: int) -> Iterator[tuple[int, int]]:

@@ -373,7 +373,7 @@ def remote_guards(config: GuardsConfig) -> dict[str, RemoteGuard]:
 
     Raises GuardRefused.
     """
-    names = [name for name in config.order if config.policy(name).where == "sidecar"]
+    names = [name for name in config.names if config.policy(name).where == "sidecar"]
     if not names:
         return {}
     sidecar = Sidecar(config.sidecar)

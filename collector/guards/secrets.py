@@ -198,6 +198,7 @@ class SecretsGuard:
     name = "secrets"
     stages = SecretsConfig.able
     labels: frozenset[str] = frozenset(get_args(Kind))
+    reads: frozenset[str] = frozenset()
     window_chars = 256
     """Of what holds blanks, an assignment of a secret is the longest; everything else is one run."""
 

@@ -248,7 +248,7 @@ class Front:
         self._guards, self._nursery = config, nursery
         self.config: SidecarConfig = config.sidecar
         self.token = self.config.token()
-        if not any(config.policy(name).where == "sidecar" for name in config.order):
+        if not any(config.policy(name).where == "sidecar" for name in config.names):
             raise GuardRefused('no guard of order has where = "sidecar": there is nothing to serve')
         self.clients: set[_Client] = set()
         self.told: tuple[GuardTold, ...] = ()

@@ -37,7 +37,7 @@ _FLUSH_S: Final = 0.002
 
 def sidecar_guards(config: GuardsConfig) -> dict[str, Guard]:
     """The guards that the config places in the sidecar, built and self-tested. Raises GuardRefused."""
-    names = tuple(name for name in config.order if config.policy(name).where == "sidecar")
+    names = tuple(name for name in config.names if config.policy(name).where == "sidecar")
     guards = {name: config.policy(name).build() for name in names}
     GuardStack(config.model_copy(update={"order": names}), guards=guards).close()
     return guards

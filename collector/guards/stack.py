@@ -9,7 +9,9 @@ Guards run on threads of the stack's own, since a thread is the only thing in on
 a guard hangs. Bounds: `workers` requests at a time, `stuck_max` hung calls a guard; beyond those, errors at once.
 """
 
+import hashlib
 import math
+import os
 import queue
 import threading
 import time
@@ -20,11 +22,16 @@ from typing import Final, NamedTuple
 import structlog
 
 from collector.event import Decision, GuardResult, Stage
+from collector.guards.cache import VerdictCache
 from collector.guards.config import GuardsConfig
-from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement
+from collector.guards.policy import Rule
+from collector.guards.protocol import ALONE, UNSAMPLED, Context, Guard, GuardPolicy, GuardRefused, Judgement
 from collector.guards.remote import remote_guards
 
 _log = structlog.get_logger(__name__)
+CHOSEN_MAX: Final = 4096
+"""Tenants and routes whose guards are remembered."""
+_LEFT_OUT: Final = Judgement(0.0, UNSAMPLED, block=False)
 _WORST: Final[dict[Decision, int]] = {"allow": 0, "shadow": 1, "error": 2, "block": 3}
 
 
@@ -49,6 +56,14 @@ class _Post(NamedTuple):
     guard: Guard
     policy: GuardPolicy
     stages: frozenset[Stage]
+    rule: Rule
+
+    def left_out(self, text: str, context: Context, draw: Callable[[str], str]) -> bool:
+        """Whether sampling leaves this request out: by its prompt, else by the text that is all there is of it."""
+        if self.rule.sample >= 1:
+            return False
+        drawn = (context.draw or draw)(f"sample\0{self.guard.name}\0{context.prompt or text}")
+        return int(drawn[-13:], 16) >= self.rule.sample * 16**13
 
 
 class _Task(NamedTuple):
@@ -100,8 +115,11 @@ class GuardStack:
         here = guards or {}
         self._remote = {} if here else remote_guards(config)
         ready: dict[str, Guard] = {**self._remote, **here}
-        built = {name: ready.get(name) or config.policy(name).build() for name in config.order}
+        built = {name: ready.get(name) or config.policy(name).build() for name in config.names}
         self._posts = tuple(_post(guard, config.policy(name)) for name, guard in built.items())
+        self._chosen: dict[tuple[str, str], tuple[_Post, ...]] = {}
+        self._cache = VerdictCache(config.cache_entries, config.cache_ttl_s, clock_s=time.monotonic)
+        self._key = os.urandom(32)
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[_Job | None]] = []
         self._slots = threading.Semaphore(config.workers)
@@ -130,8 +148,10 @@ class GuardStack:
         """How answers are to be held back. A guard that only watches holds nothing up."""
         ruling = [
             post
-            for post in self._posts
-            if "output" in post.stages and post.policy.mode_for(context.tenant, "output") == "enforce"
+            for post in self._posts_for(context)
+            if "output" in post.stages
+            and post.rule.mode_at("output") == "enforce"
+            and not (context.prompt and post.left_out("", context, self._draw))
         ]
         chars = [int(getattr(post.guard, "window_chars", 0)) for post in ruling]
         if not all(chars):
@@ -154,12 +174,12 @@ class GuardStack:
         """
         tasks = [
             _Task(post, stage, text, context)
-            for post in self._posts
+            for post in self._posts_for(context)
             if guards(post.guard.name)
             for stage, text in texts
             if stage in post.stages
         ]
-        verdicts = [_verdict(task, outcome) for task, outcome in zip(tasks, self._outcomes(tasks), strict=True)]
+        verdicts = [_verdict(task, outcome) for task, outcome in zip(tasks, self._known(tasks), strict=True)]
         for verdict in verdicts:
             if verdict.decision == "error":
                 self._count_error(verdict)
@@ -167,18 +187,12 @@ class GuardStack:
 
     def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
         """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""
-        policies = {post.guard.name: post.policy for post in self._posts}
+        rules = {post.guard.name: post.rule for post in self._posts_for(context)}
         for result in results:
             if result.decision == "block":
                 return True
-            policy = policies.get(result.guard)
-            if result.decision == "error" and (
-                policy is None
-                or (
-                    policy.mode_for(context.tenant, result.stage) == "enforce"
-                    and policy.on_error_for(context.tenant) == "block"
-                )
-            ):
+            rule = rules.get(result.guard)
+            if result.decision == "error" and (rule is None or rule.blocks_on_error(result.stage)):
                 return True
         return False
 
@@ -191,6 +205,41 @@ class GuardStack:
             inbox.put(None)
         for guard in self._remote.values():
             guard.close()
+
+    def _posts_for(self, context: Context) -> tuple[_Post, ...]:
+        """The guards of one tenant and route, in its order, with what holds there."""
+        where = (context.tenant, context.route)
+        chosen = self._chosen.get(where)
+        if chosen is None:
+            posts = {post.guard.name: post for post in self._posts}
+            names = self._config.order_for(*where)
+            chosen = tuple(posts[name]._replace(rule=posts[name].policy.rule(*where)) for name in names)
+            if len(self._chosen) >= CHOSEN_MAX:
+                self._chosen.clear()
+            self._chosen[where] = chosen
+        return chosen
+
+    def _draw(self, text: str) -> str:
+        """Where no tenant's key is at hand."""
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).hexdigest()
+
+    def _known(self, tasks: Sequence[_Task]) -> list[_Outcome]:
+        """The outcomes of the tasks: those that sampling leaves out, those that are kept, and those that are made."""
+        found: list[_Outcome | None] = []
+        keys: list[bytes] = []
+        for task in tasks:
+            left_out = task.post.left_out(task.text, task.context, self._draw)
+            too_long = len(task.text) > self._config.text_chars_max
+            key = b"" if left_out or too_long else self._cache.key(task.post.guard, task.stage, task.text, task.context)
+            kept = _LEFT_OUT if left_out else self._cache.get(key)
+            keys.append(key)
+            found.append(None if kept is None else _Outcome(kept, "", 0.0))
+        made = iter(self._outcomes([task for task, outcome in zip(tasks, found, strict=True) if outcome is None]))
+        outcomes = [next(made) if outcome is None else outcome for outcome in found]
+        for key, before, outcome in zip(keys, found, outcomes, strict=True):
+            if before is None and outcome.judgement is not None:
+                self._cache.put(key, outcome.judgement)
+        return outcomes
 
     def _outcomes(self, tasks: Sequence[_Task]) -> list[_Outcome]:
         outcomes: list[_Outcome] = []
@@ -297,7 +346,7 @@ def _post(guard: Guard, policy: GuardPolicy) -> _Post:
     if not stages <= guard.stages:
         odd = ", ".join(sorted(stages - guard.stages))
         raise GuardRefused(f"the {guard.name} guard did not start: it can't judge {odd} (guards.{guard.name}.stages)")
-    return _Post(guard, policy, stages)
+    return _Post(guard, policy, stages, policy.rule())
 
 
 def _attempt(task: _Task, clock_s: Callable[[], float]) -> _Outcome:
@@ -329,13 +378,13 @@ def checked(guard: Guard, answer: object) -> Judgement:
 
 
 def _verdict(task: _Task, outcome: _Outcome) -> GuardResult:
-    guard, policy, tenant = task.post.guard, task.post.policy, task.context.tenant
+    guard, rule = task.post.guard, task.post.rule
     decision: Decision = "error"
-    if outcome.judgement is not None:
-        threshold = policy.threshold_for(tenant)
-        bad = outcome.judgement.block if threshold is None else outcome.judgement.score >= threshold
-        enforced = policy.mode_for(tenant, task.stage) == "enforce"
-        decision = ("block" if enforced else "shadow") if bad else "allow"
+    if outcome.judgement is _LEFT_OUT:
+        decision = "allow"
+    elif outcome.judgement is not None:
+        bad = outcome.judgement.block if rule.threshold is None else outcome.judgement.score >= rule.threshold
+        decision = ("block" if rule.mode_at(task.stage) == "enforce" else "shadow") if bad else "allow"
     return GuardResult(
         guard=guard.name,
         version=guard.version,

@@ -173,6 +173,7 @@ def test_a_guard_that_only_watches_holds_nothing_up() -> None:
         (post,) = auditor.guards._posts
         shadow = post.policy.model_copy(update={"mode": "shadow"})
         auditor.guards._posts = (post._replace(policy=shadow),)
+        auditor.guards._chosen.clear()
         assert asked(front, CHAT) == chat(LATE).decode()
         (event,) = front.events
         assert (event.status, event.guardrail_results[0].decision) == ("ok", "shadow")

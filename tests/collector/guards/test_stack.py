@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from collector.event import GuardResult, Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.injection import InjectionConfig
-from collector.guards.protocol import ALONE, Context, Guard, GuardRefused, Judgement, Probe, TenantPolicy
+from collector.guards.policy import TenantPolicy
+from collector.guards.protocol import ALONE, Context, Guard, GuardRefused, Judgement, Probe
 from collector.guards.secrets import SecretsConfig
 from collector.guards.stack import GuardStack
 
