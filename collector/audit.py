@@ -219,12 +219,14 @@ class Auditor:
         model_version: str,
         weights_digest: str = "",
         workers: int = 2,
+        canary_s: float = 0,
         media_guard: MediaGuard | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`gate.tenant` must be among the tenants of `identity`.
 
-        `workers`: threads that judge, as many as the guards take requests at a time.
+        `workers`: threads that judge, as many as the guards take requests at a time. `canary_s`: how often the guards'
+        health is looked at.
         `media_guard`: judges media for tenants whose policy is `guard`; without one such media are refused.
         """
         self.publisher, self.guards, self.identity, self.gate = publisher, guards, identity, gate
@@ -232,6 +234,8 @@ class Auditor:
         self.clock_s = clock_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
         self._model = {"model_version": model_version, "weights_digest": weights_digest}
+        publisher.counters.guards = guards.health
+        guards.health.watch(canary_s)
         self.stages = guards.stages
         """The stages that some guard judges."""
 

@@ -260,16 +260,16 @@ class Feeder:
     async def _beat(self, book: Book, tail: Tail) -> None:
         """A heartbeat for each lane that is silent; looks often enough to be at most a fifth late."""
         silence_s = self._config.heartbeat_ms / 1000
-        told = 0
+        told = (0, 0)
         while True:
             await asyncio.sleep(silence_s / 5)
-            lanes, unaudited = set(book.silent(silence_s, tail.position)), self._unaudited
-            if unaudited != told:
+            lanes, counts = set(book.silent(silence_s, tail.position)), (self._unaudited, self._canaries_failed)
+            if counts != told:
                 lanes.add(0)  # the detector reads lane 0, and under load no lane is ever silent
             for partition in sorted(lanes):
                 with suppress(JournalFull, Closed):
                     self.beat(book, partition)
-                    told = told if partition else unaudited
+                    told = told if partition else counts
 
     def beat(self, book: Book, partition: int) -> None:
         """A heartbeat on one lane. Raises JournalFull, Closed."""
@@ -287,7 +287,12 @@ class Feeder:
             "guard_errors": dict(counters.guard_errors),
             "engine_finished": counters.tally.finished if counters.tally is not None else 0,
             "unaudited": self._unaudited,
+            **(counters.guards.told() if counters.guards is not None else {}),
         }
+
+    @property
+    def _canaries_failed(self) -> int:
+        return self._counters.guards.failed if self._counters.guards is not None else 0
 
     @property
     def _unaudited(self) -> int:
@@ -372,6 +377,7 @@ class Feeder:
                 "rejections": counters.rejections,
                 "engine_requests": counters.engine_requests,
                 "unaudited": self._unaudited,
+                "canaries_failed": self._canaries_failed,
                 "oversized": counters.oversized,
                 "invalid": counters.invalid,
                 "refused_batches": self._sender.refused,

@@ -58,4 +58,5 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         model_version=model.version,
         weights_digest=model.digest,
         workers=config.guards.workers,
+        canary_s=config.guards.canary_s,
     )

@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from collector.event import AuditEvent
+from collector.guards.health import Health
 from collector.journal import BEGIN
 from collector.reconcile import Tally
 
@@ -54,6 +55,7 @@ class Counters:
         "engine_requests",
         "events",
         "guard_errors",
+        "guards",
         "invalid",
         "oversized",
         "rejections",
@@ -69,6 +71,7 @@ class Counters:
         self.oversized = 0
         self.invalid = 0
         self.guard_errors: dict[str, int] = {}
+        self.guards: Health | None = None
         self.tally: Tally | None = None
         """The engine's own count, where there is an engine in this process."""
 

@@ -1,12 +1,12 @@
-"""coverage: what the audit itself missed. Holes in a lane's `seq`, late events, quarantined records, and inference that
-the engine counted and nobody audited.
+"""coverage: what the audit itself missed. Holes in a lane's `seq`, late events, quarantined records, inference that
+the engine counted and nobody audited, and guards that fail on known texts.
 
 Not a statistic: each is a fact, so there is no cold start and no threshold. One finding per lane and problem (T7). A
 lane is (collector, boot, partition), so these findings follow the partitions, as the lanes do.
 
 Memory: one entry per lane and problem and closing, at most `LANES_TOLD_MAX`; beyond that the rest is told under one
-entry "(other lanes)", so a flood of made-up collector names can't grow it. The last count of unaudited inference of as
-many boots; one that was forgotten is told anew from 0.
+entry "(other lanes)", so a flood of made-up collector names can't grow it. The last counts of unaudited inference and
+of failed canaries of as many boots; one that was forgotten is told anew from 0.
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageTwo
 from detectors.finding import Entity, Severity, Statistic
 from detectors.rollup import Sample, Signal, earliest
-from detectors.time import SECOND_US, Trouble
+from detectors.time import SECOND_US, Problem, Trouble
 
 NAME: Final = "coverage"
 LANES_TOLD_MAX: Final = 256
@@ -30,6 +30,7 @@ SEVERITIES: Final[dict[str, Severity]] = {
     "late": "low",
     "quarantined": "medium",
     "unaudited": "high",
+    "canary": "high",
 }
 
 
@@ -59,23 +60,29 @@ class CoverageOne:
         self._partition = partition
         self._told: dict[str, Told] = {}
         self._unaudited: dict[str, int] = {}
-        """The last count of each boot."""
+        """The last counts of each boot."""
         self.counters: dict[str, int] = {"lost_records": 0, "unnamed_lanes": 0}
 
     def counts(self, beat: Heartbeat) -> bool:
         """Whether `heartbeat` has to see it: its numbers are the collector's, so one lane of each is read."""
-        return self._partition == 0 and beat.unaudited > 0
+        return self._partition == 0 and (beat.unaudited > 0 or bool(beat.canaries_failed))
 
     def heartbeat(self, beat: Heartbeat, offset: int) -> None:
-        """What a collector counts of its engine. The count of a boot never falls; what it grew by is told."""
+        """What a collector counts of its engine and guards. The counts of a boot never fall; their growth is told."""
         boot = f"{beat.collector_id}/{beat.boot}"
-        grown = beat.unaudited - self._unaudited.pop(boot, 0)
-        while len(self._unaudited) >= LANES_TOLD_MAX:
+        self._grown(beat, offset, boot, "unaudited", beat.unaudited)
+        self._grown(beat, offset, f"{boot}#canary", "canary", sum(beat.canaries_failed.values()))
+
+    def _grown(self, beat: Heartbeat, offset: int, key: str, problem: Problem, count: int) -> None:
+        if not count:
+            return
+        grown = count - self._unaudited.pop(key, 0)
+        while len(self._unaudited) >= 2 * LANES_TOLD_MAX:
             del self._unaudited[next(iter(self._unaudited))]
-        self._unaudited[boot] = beat.unaudited
+        self._unaudited[key] = count
         if grown > 0:
             moment_us = timestamp_us(beat.timestamp)
-            self.trouble(Trouble("unaudited", beat.collector_id, beat.boot, moment_us, grown, beat.event_id, offset))
+            self.trouble(Trouble(problem, beat.collector_id, beat.boot, moment_us, grown, beat.event_id, offset))
 
     def trouble(self, trouble: Trouble) -> None:
         """One hole, late or quarantined record, or growth of unaudited inference."""
@@ -166,8 +173,9 @@ SUMMARIES: Final[dict[str, str]] = {
     "late": "{records} of lane {lane} came after the second was judged; the replay judges them too",
     "quarantined": "{records} of lane {lane} set apart: clock too far ahead, or collector not expected",
     "unaudited": "The engine behind lane {lane} finished {records} that nobody audited",
+    "canary": "A guard of lane {lane} failed on {records} whose answer is known",
 }
-UNITS: Final[dict[str, str]] = {"unaudited": "request"}
+UNITS: Final[dict[str, str]] = {"unaudited": "request", "canary": "text"}
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_State)
@@ -175,12 +183,13 @@ _decoder = msgspec.msgpack.Decoder(_State)
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=[],
         owasp=[],
         runbook=[
             "Is the collector alive, its clock right, the missing still in its journal? See `inferwatch status`.",
             "Unaudited inference: what else runs in the server's process, and who may reach its engine?",
+            "A guard that fails on known texts: heartbeats name it; were its weights, config or sidecar changed?",
             "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
         ],
         key=["collector", "boot", "partition"],

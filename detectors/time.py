@@ -17,7 +17,7 @@ from detectors.runs import Run, judge
 
 Flag = Literal["taken", "duplicate", "late", "quarantined", "control", "replayed"]
 """What became of a record. `replayed`: its offset was applied before; only engines that restored a snapshot say so."""
-Problem = Literal["hole", "late", "quarantined", "unaudited"]
+Problem = Literal["hole", "late", "quarantined", "unaudited", "canary"]
 
 NEVER: Final = -(2**62)
 """Before every moment, in µs."""
@@ -36,7 +36,7 @@ class Lane(Struct):
 
 
 class Trouble(Struct, frozen=True, array_like=True):
-    """Something a lane did wrong. `lost` counts records in a hole or unaudited requests, else it is 1."""
+    """Something a lane did wrong. `lost` counts records in a hole, unaudited requests, failed canaries; or it is 1."""
 
     problem: Problem
     collector_id: str

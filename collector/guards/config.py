@@ -38,6 +38,13 @@ class GuardsConfig(BaseModel):
         "conversation's earlier turns are not judged again. 0: none.",
     )
     cache_ttl_s: float = Field(300, gt=0, le=86_400, description="How long a judgement is kept.")
+    canary_s: float = Field(
+        30,
+        ge=0,
+        le=86_400,
+        description="How often each guard is given a known attack or a known harmless text, in turn. One that answers "
+        "wrongly is told in heartbeats and makes a finding. 0: never.",
+    )
     text_chars_max: int = Field(
         4_000_000,
         ge=1_000,

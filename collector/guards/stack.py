@@ -24,8 +24,9 @@ import structlog
 from collector.event import Decision, GuardResult, Stage
 from collector.guards.cache import VerdictCache
 from collector.guards.config import GuardsConfig
+from collector.guards.health import Health
 from collector.guards.policy import Rule
-from collector.guards.protocol import ALONE, UNSAMPLED, Context, Guard, GuardPolicy, GuardRefused, Judgement
+from collector.guards.protocol import ALONE, UNSAMPLED, Context, Guard, GuardPolicy, GuardRefused, Judgement, Probe
 from collector.guards.remote import remote_guards
 
 _log = structlog.get_logger(__name__)
@@ -126,6 +127,7 @@ class GuardStack:
         self._stuck: dict[str, int] = dict.fromkeys(built, 0)
         self._errors: dict[str, int] = {}
         self._closed = False
+        self.health = Health((post.guard for post in self._posts), self._canary)
         for post in self._posts:
             self._self_test(post)
 
@@ -180,9 +182,11 @@ class GuardStack:
             if stage in post.stages
         ]
         verdicts = [_verdict(task, outcome) for task, outcome in zip(tasks, self._known(tasks), strict=True)]
-        for verdict in verdicts:
+        for task, verdict in zip(tasks, verdicts, strict=True):
             if verdict.decision == "error":
                 self._count_error(verdict)
+            elif verdict.label != UNSAMPLED:
+                self.health.scored(task.post.guard, verdict.stage, verdict.score)
         return worst(verdicts)
 
     def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
@@ -198,6 +202,7 @@ class GuardStack:
 
     def close(self) -> None:
         """Lets the idle threads end. Requests under way are finished; later ones get a thread for themselves."""
+        self.health.close()
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -324,6 +329,12 @@ class GuardStack:
         with self._lock:
             self._errors[result.guard] = self._errors.get(result.guard, 0) + 1
         _log.warning("guard failed", guard=result.guard, stage=result.stage, error=result.error)
+
+    def _canary(self, guard: Guard, probe: Probe) -> bool | None:
+        """What a guard says to a probe now; None where it failed."""
+        post = next(post for post in self._posts if post.guard is guard)
+        judgement = self._outcomes([_Task(post, probe.stage, probe.text, probe.context)])[0].judgement
+        return None if judgement is None else judgement.block
 
     def _self_test(self, post: _Post) -> None:
         """Raises `GuardRefused` unless the guard answers its probes as it should, a block and a pass at the least."""

@@ -48,6 +48,25 @@ def test_unaudited_inference_is_one_finding_though_every_lane_carries_the_count(
     assert [each.counts["records"] for each in mine[:2]] == [1, 2]
 
 
+def test_a_guard_that_fails_on_known_texts_is_a_finding() -> None:
+    """Each canary that failed counts once, whatever lanes carry the number, beside unaudited inference."""
+    logs = logs_with([0, 0, 0, 1])
+    for log in logs:
+        for place, logged in enumerate(log):
+            if isinstance(logged.record, Heartbeat) and logged.record.unaudited:
+                beat = msgspec.structs.replace(logged.record, canaries_failed={"injection": 2, "secrets": 1})
+                log[place] = Logged(beat, logged.append_ms, logged.offset)
+    found = {
+        (each.severity, each.summary)
+        for each in run(logs, CONFIG).findings
+        if each.detector == "coverage" and each.revision == 1
+    }
+    assert found == {
+        ("high", "The engine behind lane c0/b0/0 finished 1 request that nobody audited"),
+        ("high", "A guard of lane c0/b0/0 failed on 3 texts whose answer is known"),
+    }
+
+
 def test_an_engine_that_is_audited_whole_is_no_finding() -> None:
     """Zero in every heartbeat says nothing."""
     assert told(run(logs_with([0]), CONFIG).findings) == []
