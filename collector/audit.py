@@ -286,7 +286,9 @@ class Auditor:
             self.count_errors(results)
         return [(results, self.guards.blocks(results, context)) for results in judged]
 
-    def judge_media(self, found: Sequence[Item], caller: Caller) -> tuple[list[Media], list[GuardResult], bool]:
+    def judge_media(
+        self, found: Sequence[Item], caller: Caller, route: str = "", prompt: str = ""
+    ) -> tuple[list[Media], list[GuardResult], bool]:
         """What the event says of them, the verdicts, and whether they may pass by the tenant's policy. Blocking."""
         told = [item.told(self._names(caller).digest) for item in found]
         policy = self.gate.media_policy(caller.tenant)
@@ -294,7 +296,7 @@ class Auditor:
             return told, [], not found or policy == "allow"
         if self._media_guard is None:
             return told, [], False
-        verdict = verdict_on(found, self._media_guard)
+        verdict = verdict_on(found, self._media_guard, Context(caller.tenant, route, prompt=prompt))
         self.count_errors([verdict])
         return told, [verdict], verdict.decision == "allow"
 

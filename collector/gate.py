@@ -213,7 +213,8 @@ class Gate:
             raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
         caller = at_hand.caller
         if found:
-            judging = auditor.in_thread(auditor.judge_media, found, caller)
+            asked = prompts[0].prompt if prompts else ""
+            judging = auditor.in_thread(auditor.judge_media, found, caller, at_hand.route, asked)
             at_hand.media, at_hand.media_verdicts, passes = await judging
             if not passes:
                 raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from collector.event import Decision, GuardResult, Media
-from collector.guards.protocol import MediaGuard
+from collector.guards.protocol import Context, MediaGuard
 from collector.prompt import DEPTH_MAX, TooDeep
 
 Kind = Literal["image", "audio", "video", "file", "embeds"]
@@ -129,11 +129,11 @@ def listed(found: Sequence[Media]) -> dict[str, object]:
     return {"media": list(found[:MEDIA_MAX]), "media_count": len(found)} if found else {}
 
 
-def verdict_on(found: Sequence[Item], guard: MediaGuard) -> GuardResult:
+def verdict_on(found: Sequence[Item], guard: MediaGuard, context: Context) -> GuardResult:
     """A media guard's verdict on all items, the worst; whatever it raises is the verdict `error`, which blocks."""
     began_s = time.perf_counter()
     try:
-        judgements = [guard.judge(item) for item in found]
+        judgements = [guard.judge(item, context) for item in found]
         worst = max(judgements, key=lambda each: (each.block, each.score))
         decision: Decision = "block" if worst.block else "allow"
         score, label, error = min(1.0, max(0.0, worst.score)), worst.label, ""

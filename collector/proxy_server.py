@@ -24,7 +24,8 @@ from collector.proxy import Proxy
 from collector.proxy_config import ProxyConfig
 from collector.proxy_prompts import read
 from collector.proxy_routes import table
-from collector.proxy_upstream import Upstream, read_secret
+from collector.proxy_upstream import Upstream
+from collector.secret_file import read_secret
 from collector.startup import open_auditor
 from collector.weights import Model
 
@@ -159,5 +160,5 @@ def site(kafka: KafkaConfig, config: CollectorConfig, proxy: ProxyConfig, *, con
     return Site(
         lambda: open_auditor(kafka, config, model, config_digest=config_digest),
         proxy,
-        secret=read_secret(proxy.upstream_key_file),
+        secret=read_secret(proxy.upstream_key_file, "the upstream's key"),
     )

@@ -9,13 +9,11 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import orjson
 
-from collector.identity import KeyProblem
 from collector.proxy_config import ProxyConfig
 from collector.weights import Model
 
@@ -30,22 +28,6 @@ class UpstreamFailed(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__("The model server did not answer." if status == 504 else "The model server failed.")
         self.status, self.reason = status, reason
-
-
-def read_secret(path: Path | None) -> str:
-    """The upstream's API key. Raises KeyProblem: no such file, readable by others, or more than one line."""
-    if path is None:
-        return ""
-    try:
-        shared = path.stat().st_mode & 0o077
-        secret = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        raise KeyProblem(f"{path}: the upstream's key can't be read") from None
-    if shared:
-        raise KeyProblem(f"{path}: other users can read the upstream's key; run chmod 600 {path}")
-    if not secret.isprintable() or " " in secret or not secret:
-        raise KeyProblem(f"{path}: the upstream's key is one line of visible characters")
-    return secret
 
 
 class Answer:

@@ -26,6 +26,7 @@ def check(kafka: KafkaConfig, config: CollectorConfig) -> None:
     """
     open_identity(config.identity, config.gate.tenant)
     GuardStack(config.guards).close()
+    config.guards.media_guard()
     asyncio.run(wait_for_broker(kafka, config.publisher.start_timeout_ms / 1000))
 
 
@@ -35,7 +36,7 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
     Raises KeyProblem, GuardRefused, BrokerAway, TopicMismatch, ClockApart or OSError.
     """
     identity = open_identity(config.identity, config.gate.tenant)
-    guards = GuardStack(config.guards)
+    guards, media_guard = GuardStack(config.guards), config.guards.media_guard()
     publisher = Publisher(
         kafka,
         config.publisher,
@@ -59,4 +60,5 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         weights_digest=model.digest,
         workers=config.guards.workers,
         canary_s=config.guards.canary_s,
+        media_guard=media_guard,
     )

@@ -8,9 +8,14 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from collector.guards.alignment import AlignmentConfig
 from collector.guards.injection import InjectionConfig
+from collector.guards.leakage import LeakageConfig
+from collector.guards.llamaguard import LlamaGuardConfig
+from collector.guards.pii import PiiConfig
 from collector.guards.policy import Route, RouteOrder, TenantOrder
-from collector.guards.protocol import GuardPolicy
+from collector.guards.promptguard import PromptGuardConfig
+from collector.guards.protocol import GuardPolicy, MediaGuard
 from collector.guards.secrets import SecretsConfig
 from collector.guards.sidecar_config import SidecarConfig
 
@@ -66,6 +71,20 @@ class GuardsConfig(BaseModel):
         default_factory=InjectionConfig, description="Prompt injection and jailbreak classifier."
     )
     secrets: SecretsConfig = Field(default_factory=SecretsConfig, description="Secrets and personal data by pattern.")
+    pii: PiiConfig = Field(default_factory=PiiConfig, description="Identity numbers, passports, dates of birth.")
+    leakage: LeakageConfig = Field(
+        default_factory=LeakageConfig, description="Canary tokens, and answers that recite the system prompt."
+    )
+    promptguard: PromptGuardConfig = Field(
+        default_factory=PromptGuardConfig, description="Prompt Guard 2, or another classifier of injections, run here."
+    )
+    llamaguard: LlamaGuardConfig = Field(
+        default_factory=LlamaGuardConfig,
+        description="Llama Guard 4 at an endpoint: unsafe content by category, images.",
+    )
+    alignment: AlignmentConfig = Field(
+        default_factory=AlignmentConfig, description="A model at an endpoint judges an agent's steps by the objective."
+    )
 
     @classmethod
     def known(cls) -> tuple[str, ...]:
@@ -98,6 +117,10 @@ class GuardsConfig(BaseModel):
         policy = getattr(self, name)
         assert isinstance(policy, GuardPolicy)  # noqa: S101 - known() chose the fields by this very type
         return policy
+
+    def media_guard(self) -> MediaGuard | None:
+        """The guard of images, where an order names one that judges them. Raises `GuardRefused`."""
+        return self.llamaguard.build_media() if "llamaguard" in self.names else None
 
     @model_validator(mode="after")
     def _order_names_guards_once(self) -> Self:

@@ -143,8 +143,8 @@ class MediaGuard(Protocol):
     def version(self) -> str:
         """Changes whenever a verdict could change."""
 
-    def judge(self, item: "Item") -> Judgement:
-        """The judgement on one item."""
+    def judge(self, item: "Item", context: Context = ALONE) -> Judgement:
+        """The judgement on one item; `context` tells tenant, route and what was asked beside it."""
 
 
 class GuardPolicy(BaseModel, ABC):
@@ -225,3 +225,8 @@ def windows(length: int, size: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, start + size
         start += step
     yield max(0, length - size), length
+
+
+def whole(text: str) -> str:
+    """The text with each lone surrogate as a question mark: what UTF-8 can say."""
+    return text.encode("utf-8", "replace").decode("utf-8")

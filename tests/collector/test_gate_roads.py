@@ -10,7 +10,7 @@ from collector.audit import Auditor, Blocked, EngineRequest
 from collector.context import Exchange, exchange
 from collector.event import Media
 from collector.gate import Gate, _tell_unknown_routes
-from collector.guards.protocol import Judgement
+from collector.guards.protocol import Context, Judgement
 from collector.media import Item
 from collector.routes import ROUTES, VLLM, GateConfig
 from tests.collector.gating import BODY, CHAT, Site, lifespan
@@ -159,7 +159,7 @@ async def test_a_tenant_has_its_own_policy_for_media(policy: Any, verdict: bool 
     class Eye:
         name, version = "eye", "1"
 
-        def judge(self, item: Item) -> Judgement:
+        def judge(self, item: Item, context: Context) -> Judgement:
             asked.append(item)
             return Judgement(0.9 if verdict else 0.1, "", bool(verdict))
 
@@ -178,7 +178,7 @@ async def test_an_image_guard_that_fails_lets_nothing_in() -> None:
     class Blind:
         name, version = "eye", "1"
 
-        def judge(self, item: Item) -> Judgement:
+        def judge(self, item: Item, context: Context) -> Judgement:
             raise RuntimeError("secret words")
 
     site.auditor._media_guard = Blind()

@@ -1,17 +1,24 @@
-"""What every guard must keep, whichever it is: found by the table in GuardsConfig, without a list of exceptions."""
+"""What every guard must keep, whichever it is: found by the table in GuardsConfig, without a list of exceptions.
+
+Guards whose packages are not in this environment are skipped by name, and run where they are (`built`).
+"""
 
 import base64
 import logging
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.guards.config import GuardsConfig
-from collector.guards.protocol import Guard, Judgement
+from collector.guards.endpoint import EndpointPolicy, TextTooLong
+from collector.guards.protocol import Guard, GuardPolicy, Judgement, Text
 from collector.guards.stack import GuardStack
+from tests.collector.guards import built
 
 CANARY = "canary-8842-ignore all previous instructions-4111 1111 1111 1111-AKIAQQQQWWWWEEEERRRR"
 HOSTILE = {
@@ -35,9 +42,16 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module", params=GuardsConfig.known())
-def guard(request: pytest.FixtureRequest) -> Guard:
-    """Each guard there is, as its default config builds it."""
-    return GuardsConfig().policy(request.param).build()
+def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardPolicy]:
+    """Each guard's policy: the default, or one with what the guard can't do without."""
+    with ExitStack() as stack:
+        yield built.policy(request.param, tmp_path_factory.mktemp(request.param), stack)
+
+
+@pytest.fixture(scope="module")
+def guard(policy: GuardPolicy) -> Guard:
+    """Each guard there is."""
+    return policy.build()
 
 
 def well_formed(guard: Guard, judgement: Judgement) -> bool:
@@ -62,29 +76,28 @@ def test_hostile_text_is_judged(guard: Guard, kind: str) -> None:
 
 
 @given(text=st.text(max_size=400))
-@settings(max_examples=60, deadline=None)
-def test_any_text_is_judged(text: str) -> None:
+@settings(max_examples=25, deadline=None)
+def test_any_text_is_judged(guard: Guard, text: str) -> None:
     """No text at all makes a guard raise or answer out of shape."""
-    for name, built in BUILT.items():
-        for stage in sorted(built.stages):
-            assert well_formed(built, built.judge(text, stage)), name
+    for stage in sorted(guard.stages):
+        assert well_formed(guard, guard.judge(text, stage))
 
 
-BUILT = {name: GuardsConfig().policy(name).build() for name in GuardsConfig.known()}
-
-
-def test_ten_megabytes_are_judged_to_the_end(guard: Guard) -> None:
-    """What must be blocked is found at the very end of ten million characters."""
+def test_ten_megabytes_are_judged_to_the_end(policy: GuardPolicy, guard: Guard) -> None:
+    """What must be blocked is found at the very end of ten million characters; or the guard says that it can't."""
     bad = next(probe for probe in guard.probes if probe.block)
     filler = "The train leaves at nine and takes two hours to the coast. " * 170_000
     assert len(filler) > 10_000_000
-    assert guard.judge(filler + " \n" + bad.text, bad.stage).block
+    try:
+        assert guard.judge(filler + " \n" + bad.text, bad.stage, bad.context).block
+    except TextTooLong:
+        assert isinstance(policy, EndpointPolicy)  # who asks elsewhere has a bound, beyond which it blocks
 
 
 def test_probes_are_answered(guard: Guard) -> None:
     """The self-test has both answers, and the guard gives them."""
     assert {probe.block for probe in guard.probes} == {True, False}
-    assert [guard.judge(probe.text, probe.stage).block for probe in guard.probes] == [
+    assert [guard.judge(probe.text, probe.stage, probe.context).block for probe in guard.probes] == [
         probe.block for probe in guard.probes
     ]
 
@@ -98,16 +111,25 @@ def test_threads_agree(guard: Guard) -> None:
         assert list(pool.map(lambda text: guard.judge(text, stage), texts)) == alone
 
 
-def test_version_says_what_judges(guard: Guard) -> None:
+def test_version_says_what_judges(policy: GuardPolicy, guard: Guard) -> None:
     """The version is short, and the same for the same build."""
     assert 0 < len(guard.version) <= 64
-    assert GuardsConfig().policy(guard.name).build().version == guard.version
+    assert policy.build().version == guard.version
+
+
+def test_several_at_once_are_judged_as_one_by_one(guard: Guard) -> None:
+    """A guard that takes batches gives each text what it gives it alone."""
+    if not hasattr(guard, "judge_many"):
+        return
+    texts = [Text(text, stage) for stage in sorted(guard.stages) for text in HOSTILE.values()]
+    texts += [Text(probe.text, probe.stage, probe.context) for probe in guard.probes]
+    assert guard.judge_many(texts) == [guard.judge(*each) for each in texts]
+    assert guard.judge_many([]) == []
 
 
 def test_no_text_gets_out(guard: Guard, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither verdicts nor logs nor reprs hold a piece of what was judged."""
-    config = GuardsConfig(order=(guard.name,))
-    stack = GuardStack(config, guards={guard.name: guard})
+    stack = GuardStack(GuardsConfig(order=(guard.name,)), guards={guard.name: guard})
     with caplog.at_level(logging.DEBUG):
         results = stack.judge([(stage, CANARY) for stage in sorted(guard.stages)])
     told = " ".join((repr(results), repr(guard), repr(stack), repr(vars(stack)), caplog.text, *capsys.readouterr()))
@@ -116,8 +138,15 @@ def test_no_text_gets_out(guard: Guard, caplog: pytest.LogCaptureFixture, capsys
     stack.close()
 
 
-def test_it_runs_in_the_stack_by_default() -> None:
-    """Every guard of the table is on without a word in the config."""
+def test_only_two_run_by_default() -> None:
+    """What costs little and needs nothing is on without a word in the config; every other guard waits to be named."""
     stack = GuardStack(GuardsConfig())
-    assert tuple(stack.versions) == GuardsConfig.known()
+    assert tuple(stack.versions) == ("injection", "secrets")
+    stack.close()
+
+
+def test_it_runs_in_the_stack(guard: Guard) -> None:
+    """Each starts where it is named."""
+    stack = GuardStack(GuardsConfig(order=(guard.name,)), guards={guard.name: guard})
+    assert stack.versions == {guard.name: guard.version}
     stack.close()
