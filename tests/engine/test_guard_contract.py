@@ -9,6 +9,8 @@ from collector.guards.protocol import Guard, GuardPolicy
 from tests.collector.guards import built
 from tests.collector.guards.test_contract import *  # noqa: F403 - all its tests, with the guards below
 
+test_ten_megabytes_are_judged_to_the_end = pytest.mark.long(test_ten_megabytes_are_judged_to_the_end)  # noqa: F405
+
 
 @pytest.fixture(scope="module", params=[name for name, package in built.PACKAGES.items() if package == "transformers"])
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardPolicy]:

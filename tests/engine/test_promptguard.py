@@ -17,8 +17,8 @@ FILLER = " ".join(PLAIN)
 
 @pytest.fixture(scope="module")
 def made() -> Path:
-    """A tiny model, as transformers saves it."""
-    return made_classifier()
+    """A tiny model of Prompt Guard 2's architecture, as transformers saves it."""
+    return made_classifier("deberta")
 
 
 @pytest.fixture

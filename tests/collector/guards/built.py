@@ -57,7 +57,7 @@ def _alignment(_: Path, stack: ExitStack) -> dict[str, Any]:
 def _promptguard(_: Path, __: ExitStack) -> dict[str, Any]:
     from tests.collector.guards.tiny_classifier import made_classifier
 
-    return {"model": {"folder": str(made_classifier()), "window_tokens": 256, "overlap_tokens": 64}}
+    return {"model": {"folder": str(made_classifier()), "window_tokens": 128, "overlap_tokens": 16, "batch": 64}}
 
 
 SETTINGS: Final[Mapping[str, Callable[[Path, ExitStack], dict[str, Any]]]] = {

@@ -121,7 +121,7 @@ def test_several_at_once_are_judged_as_one_by_one(guard: Guard) -> None:
     """A guard that takes batches gives each text what it gives it alone."""
     if not hasattr(guard, "judge_many"):
         return
-    texts = [Text(text, stage) for stage in sorted(guard.stages) for text in HOSTILE.values()]
+    texts = [Text(text[:3_000], stage) for stage in sorted(guard.stages) for text in HOSTILE.values()]
     texts += [Text(probe.text, probe.stage, probe.context) for probe in guard.probes]
     assert guard.judge_many(texts) == [guard.judge(*each) for each in texts]
     assert guard.judge_many([]) == []

@@ -1,4 +1,5 @@
-"""Makes tiny sequence classifiers of Prompt Guard 2's architecture: real files through the guards' own loading code.
+"""Makes tiny sequence classifiers, as real files for the guards' own loading code: of Prompt Guard 2's architecture, or
+of BERT's, which reads 10 MB in seconds.
 
 Needs torch and transformers. The model learns one thing in a second or two: whether one of the marked words stands
 anywhere in a window.
@@ -9,7 +10,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
+Kind = Literal["bert", "deberta"]
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 PLAIN = (
     "a", "the", "and", "to", "of", "in", "is", "it", "you", "he", "she", "we", "they", "was", "for", "on", "are",
@@ -26,13 +29,14 @@ MARKED = ("ignore", "previous", "instructions", "jailbreak", "dan")
 
 
 @cache
-def made_classifier(pair: bool = False) -> Path:
+def made_classifier(kind: Kind = "bert", *, pair: bool = False) -> Path:
     """One for all tests of a session; not to be changed."""
-    return write_classifier(Path(tempfile.mkdtemp(prefix="inferwatch-tiny-")), pair=pair)
+    return write_classifier(Path(tempfile.mkdtemp(prefix="inferwatch-tiny-")), kind, pair=pair)
 
 
 def write_classifier(
     folder: Path,
+    kind: Kind = "bert",
     *,
     labels: Mapping[int, str] = {0: "BENIGN", 1: "MALICIOUS"},
     marked: Sequence[str] = MARKED,
@@ -42,19 +46,25 @@ def write_classifier(
 ) -> Path:
     """Config, tokenizer and safetensors in `folder`. `pair`: the marked words count only after the first [SEP]."""
     import torch
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+    import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     words = [*SPECIAL, *PLAIN, *marked]
     write_tokenizer(folder, words)
     torch.manual_seed(seed)
-    config = DebertaV2Config(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=tokens_max, relative_attention=True, position_buckets=16, pos_att_type=["c2p", "p2c"],
-        id2label=dict(labels), label2id={name: place for place, name in labels.items()}, pad_token_id=0,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
-    )  # fmt: skip
-    model = DebertaV2ForSequenceClassification(config)
+    shape = {
+        "vocab_size": len(words), "num_hidden_layers": 1, "num_attention_heads": 1,
+        "max_position_embeddings": tokens_max,
+        "id2label": dict(labels), "label2id": {name: place for place, name in labels.items()}, "pad_token_id": 0,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    if kind == "bert":
+        small = transformers.BertConfig(**shape, hidden_size=16, intermediate_size=16)
+        model = transformers.BertForSequenceClassification(small)
+    else:
+        relative = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["c2p", "p2c"]}
+        larger = transformers.DebertaV2Config(**shape, **relative, hidden_size=32, intermediate_size=32)
+        model = transformers.DebertaV2ForSequenceClassification(larger)
     _teach(model, len(words), len(marked), pair)
     model.save_pretrained(folder)
     return folder
