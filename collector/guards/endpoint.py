@@ -112,8 +112,10 @@ class EndpointPolicy(GuardPolicy):
     window_chars: int = Field(
         12_000, ge=1_000, le=1_000_000, description="A longer text is asked about in overlapping parts of this size."
     )
-    probes: tuple[ProbeSpec, ...] = Field(
-        (), max_length=64, description="Self-test of your own, one text to block and one to pass at least. Unset: ours."
+    probes: dict[str, ProbeSpec] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="Self-test of your own, by name: one text to block and one to pass at least. Unset: ours.",
     )
 
     def open(self, whose: str) -> "Endpoint":

@@ -138,7 +138,7 @@ class LlamaGuard:
     def probes(self) -> Sequence[Probe]:
         """Those configured; else a request of a category that blocks, and a harmless one."""
         if self.config.probes:
-            return [each.probe() for each in self.config.probes]
+            return [each.probe() for each in self.config.probes.values()]
         attack = next((text for name, text in _ATTACKS if self.config.category(name, "").action == "block"), None)
         return (*(() if attack is None else (Probe(attack, "input", True),)), Probe(_HARMLESS, "input", False))
 
