@@ -42,6 +42,7 @@ _PLAIN: Final = (
 class AlignmentConfig(EndpointPolicy):
     """`[collector.guards.alignment]`: judges answers and what tools give back."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_STEPS, min_length=1, description="Judge only these stages.")
     json_mode: Literal["none", "json_object"] = Field(
         "json_object", description="response_format of the request; none for a server that does not know it."
@@ -81,7 +82,8 @@ class AlignmentGuard:
     """Asks a judge. Keeps nothing. Raises what `collector.guards.endpoint` raises."""
 
     name = "alignment"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = AlignmentConfig.able
+    reads: frozenset[str] = frozenset({"prompt"})
     labels: frozenset[str] = frozenset({"hijacked"})
 
     def __init__(self, config: AlignmentConfig, endpoint: Endpoint) -> None:

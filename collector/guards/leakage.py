@@ -44,6 +44,7 @@ _PROBE_SYSTEM: Final = (
 class LeakageConfig(GuardPolicy):
     """`[collector.guards.leakage]`: looks at answers."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     canaries: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
         (),
@@ -82,7 +83,8 @@ class LeakageGuard:
     """Compares hashes. Memory: some 100 bytes for each word of the last 256 system prompts."""
 
     name = "leakage"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = LeakageConfig.able
+    reads: frozenset[str] = frozenset({"system"})
     labels = frozenset((*UNDONE, "canary", "system_prompt"))
 
     def __init__(self, *, canaries: Sequence[str] = (), run_words: int, share: float) -> None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from collector.event import Stage
 from collector.guards.endpoint import BadAnswer, Endpoint, EndpointPolicy, Said, TextTooLong, chat
+from collector.guards.policy import Threshold
 from collector.guards.protocol import (
     ALONE,
     Context,
@@ -30,7 +31,6 @@ from collector.guards.protocol import (
     Judgement,
     MediaGuard,
     Probe,
-    Threshold,
     whole,
 )
 from collector.media import Item
@@ -83,6 +83,7 @@ _HARMLESS: Final = "How do I bake a sponge cake for eight people?"
 class LlamaGuardConfig(EndpointPolicy):
     """`[collector.guards.llamaguard]`: judges what users ask and what they are answered."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_BOTH, min_length=1, description="Judge only these stages.")
     api: Literal["chat", "completions"] = Field(
         "chat", description="chat: the server's template writes the prompt. completions: we do; text alone."
@@ -127,7 +128,8 @@ class LlamaGuard:
     """Asks about each part of a text. Keeps nothing. Raises what `collector.guards.endpoint` raises."""
 
     name = "llamaguard"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = LlamaGuardConfig.able
+    reads: frozenset[str] = frozenset({"prompt"})
     labels: frozenset[str] = frozenset(CATEGORIES)
 
     def __init__(self, config: LlamaGuardConfig, endpoint: Endpoint) -> None:

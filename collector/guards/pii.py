@@ -33,6 +33,7 @@ _BESIDE_CHARS: Final = 48
 class PiiConfig(GuardPolicy):
     """`[collector.guards.pii]`: looks at answers by default."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     actions: dict[Kind, Action] = Field(
         default_factory=dict,
@@ -250,7 +251,9 @@ class PiiGuard:
     """Finds personal numbers. Keeps nothing; `python -m tests.bench.guards` tells its cost."""
 
     name = "pii"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = PiiConfig.able
+    reads: frozenset[str] = frozenset()
+    window_chars = 128
     labels: frozenset[str] = frozenset(get_args(Kind))
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None) -> None:

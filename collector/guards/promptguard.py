@@ -25,6 +25,7 @@ _READ: Final[frozenset[Stage]] = frozenset({"input", "retrieved", "tool"})
 class PromptGuardConfig(GuardPolicy):
     """`[collector.guards.promptguard]`: judges what users type, what is fetched, and what tools give back."""
 
+    able = frozenset({"input", "retrieved", "tool", "output"})
     stages: frozenset[Stage] | None = Field(_READ, min_length=1, description="Judge only these stages.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="The model: a folder or a pinned revision.")
     attack_labels: tuple[str, ...] = Field(
@@ -44,7 +45,8 @@ class PromptGuard:
     """Judges by the worst window. Stateless after the start."""
 
     name = "promptguard"
-    stages: frozenset[Stage] = frozenset({"input", "retrieved", "tool", "output"})
+    stages = PromptGuardConfig.able
+    reads: frozenset[str] = frozenset()
     labels = frozenset((*UNDONE, "attack"))
 
     def __init__(self, config: PromptGuardConfig, model: SequenceModel) -> None:
