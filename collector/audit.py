@@ -9,17 +9,18 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from collector.answers import Answer
+from collector.chunks import chunks, marked
 from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import Adapter, GuardResult, Media, Stage, Status
 from collector.guards.protocol import ALONE, Context, MediaGuard
-from collector.guards.stack import GuardStack, Holding
+from collector.guards.stack import GuardStack, Holding, worst
 from collector.identity import Pseudonyms
 from collector.limits import Lease
 from collector.media import Item, listed, verdict_on
@@ -269,7 +270,8 @@ class Auditor:
         results: list[GuardResult] = []
         context = Context(caller.tenant, route, view.system, view.prompt, self._names(caller).session)
         if self.stages - {"output"}:
-            results = self.guards.judge(view.texts(all_roles=self.gate.judge_all_roles), context)
+            texts = [*view.texts(all_roles=self.gate.judge_all_roles), *marked(view, self.gate.markers)]
+            results = self.guards.judge(texts, context)
             self.count_errors(results)
         names, new = self._names(caller), view.new
         digests = {
@@ -278,6 +280,24 @@ class Auditor:
             "minhash": names.minhash(new),
         }
         return Judged(view, results, self.guards.blocks(results, context), digests, context)
+
+    def sift(self, operation: str, body: dict[str, Any], at_hand: Exchange, views: Sequence[PromptView]) -> None:
+        """Take out of a body the chunks that policy wants out of it; `at_hand` is told. Blocking."""
+        around = (views[0].system, views[0].prompt) if views else ("", "")
+        context = Context(at_hand.caller.tenant, at_hand.route, *around, self._names(at_hand.caller).session)
+        found, verdicts = chunks(operation, body, self.gate.markers), list[GuardResult]()
+        for chunk, (results, _) in zip(
+            found, self.judge_each([(chunk.stage, chunk.text) for chunk in found], context), strict=True
+        ):
+            if self.guards.takes_out(results, context):
+                chunk.take_out()
+                at_hand.chunks_removed += 1
+                verdicts += results
+        at_hand.chunk_verdicts = worst(verdicts)
+
+    def drops(self, caller: Caller, route: str) -> bool:
+        """Whether chunks can be taken out of this caller's requests."""
+        return self.guards.drops(Context(caller.tenant, route))
 
     def judge_each(self, texts: Sequence[tuple[Stage, str]], context: Context) -> list[tuple[list[GuardResult], bool]]:
         """For each text its own verdicts, and whether they block. Blocking: run it in a thread."""
@@ -352,6 +372,8 @@ class Auditor:
         media, verdicts = [replace(each, digest=digest(each.digest)) for each in request.media], judged.verdicts
         if at_hand is not None and at_hand.media:
             media, verdicts = list(at_hand.media), [*verdicts, *at_hand.media_verdicts]
+        if at_hand is not None and at_hand.chunk_verdicts:
+            verdicts = worst([*verdicts, *at_hand.chunk_verdicts])
         known: dict[str, object] = {
             **caller.fields(),
             **self._model,
@@ -372,6 +394,7 @@ class Auditor:
             known |= {"model_version": request.model_version, "weights_digest": request.weights_digest}
         if at_hand is not None:
             known["http_request_id"] = at_hand.http_request_id
+            known["chunks_removed"] = at_hand.chunks_removed
             known["route"] = at_hand.route
             known["trace_id"] = at_hand.trace_id
             known["operation"] = at_hand.operation or request.operation
@@ -414,7 +437,8 @@ class Auditor:
                 operation=at_hand.operation,
                 trace_id=at_hand.trace_id,
                 latency_ms=max(0.0, latency_s * 1000),
-                guardrail_results=[*at_hand.media_verdicts, *verdicts],
+                guardrail_results=[*at_hand.media_verdicts, *at_hand.chunk_verdicts, *verdicts],
+                chunks_removed=at_hand.chunks_removed,
                 **listed(at_hand.media),
                 **told,
             )

@@ -79,6 +79,10 @@ class Exchange:
     media: Sequence[Media] = ()
     """What its body holds beside text; it was allowed."""
     media_verdicts: Sequence[GuardResult] = ()
+    chunks_removed: int = 0
+    """Chunks that a guard took out of it."""
+    chunk_verdicts: Sequence[GuardResult] = ()
+    """Why."""
     engine_requests: int = 0
     """Engine requests that were begun for it; each has its event."""
     rejected: bool = False

@@ -10,7 +10,8 @@ or one rejection, written before the answer leaves. Where no event can be writte
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -132,6 +133,8 @@ class Gate:
             await _say(send, HTTPStatus.OK, body or b"", at_hand.http_request_id)
             return
         replayed = receive if body is None else _replay(body, receive, at_hand)
+        if at_hand.chunks_removed and body is not None:
+            scope = _sized(scope, len(body))
         if route.handling == "audited":
             await self._pass(auditor, at_hand, scope, replayed, send)
         else:
@@ -148,7 +151,7 @@ class Gate:
             body = await self._body(auditor, scope, receive, at_hand) if scope["method"] == "POST" else None
             at_hand.started_s = auditor.clock_s()
             if route.handling == "audited":
-                await self._judge(auditor, scope, route, at_hand, body or b"")
+                body = await self._judge(auditor, scope, route, at_hand, body or b"")
             elif route.handling == "own":
                 body = await guard_api.answer(auditor, scope, at_hand, body or b"")
         except Refusal:
@@ -198,8 +201,8 @@ class Gate:
         finally:
             self._buffered_bytes -= read
 
-    async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> None:
-        """Read the body, learn who is spoken for, and judge what it says."""
+    async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> bytes:
+        """Read the body, learn who is spoken for, and judge what it says. Returns it, without what was taken out."""
         large = len(raw) > _INLINE_BYTES_MAX
         body = await auditor.in_thread(parse, raw) if large else parse(raw)
         if "user" in body or "session_id" in body:
@@ -219,11 +222,17 @@ class Gate:
             if not passes:
                 raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")
 
+        if auditor.drops(caller, at_hand.route):
+            await auditor.in_thread(auditor.sift, route.operation, body, at_hand, prompts)
+            if at_hand.chunks_removed:
+                raw, prompts = _written(body), self._read(route.operation, body)
+
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
             return [auditor.judge(view, caller, at_hand.route) for view in found]
 
         inline = not large and not auditor.stages - {"output"}
         at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)
+        return raw
 
     async def _pass(self, auditor: Auditor, at_hand: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the app answer, and see that the request has its event before the answer is complete."""
@@ -315,6 +324,20 @@ async def _say(
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _written(body: Mapping[str, object]) -> bytes:
+    """The body without what was taken out of it. Raises `Refusal` for numbers that are none."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError:
+        raise Refusal(400, "bad_json", "The request's body can't be sent on.") from None
+
+
+def _sized(scope: Scope, length: int) -> Scope:
+    """The scope of a request whose body is another one now."""
+    kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    return {**scope, "headers": [*kept, (b"content-length", str(length).encode())]}
 
 
 def _replay(body: bytes, receive: Receive, at_hand: Exchange) -> Receive:

@@ -282,6 +282,11 @@ def _strings(value: object, depth: int) -> Iterator[str]:
             yield from _strings(entry, depth + 1)
 
 
+def text_of(value: object) -> str:
+    """The text of a message's content, a part or a document, as guards are given it. Raises `TooDeep`."""
+    return _text(value)
+
+
 def strings(value: object) -> Iterator[str]:
     """Every string in a parsed value, but for names of types and of fields. Raises `TooDeep`."""
     return _strings(value, 0)

@@ -164,6 +164,13 @@ class GateConfig(BaseModel):
         "This answer was withheld by policy.", min_length=1, max_length=1_000, description="Put for a blocked answer."
     )
 
+    markers: tuple[tuple[str, str], ...] = Field(
+        (),
+        max_length=16,
+        description="Pairs of marks between which applications put fetched text into prompts, such as "
+        '[["<document>", "</document>"]]: what stands there is judged as retrieved, too.',
+    )
+
     media: MediaPolicy = Field(
         "deny",
         description="Images, sound and films in prompts, which text guards can't read. deny: 403. allow: digest, size "
@@ -174,6 +181,13 @@ class GateConfig(BaseModel):
     def media_policy(self, tenant: str) -> MediaPolicy:
         """What happens to media in this tenant's prompts."""
         return self.media_tenants.get(tenant, self.media)
+
+    @field_validator("markers")
+    @classmethod
+    def _check_markers(cls, value: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        if any(not 3 <= len(mark) <= 64 for pair in value for mark in pair):
+            raise ValueError("a mark has 3 to 64 characters")
+        return value
 
     @field_validator("open_routes")
     @classmethod

@@ -188,8 +188,7 @@ DETECTOR: Final = Detector(
         owasp=[],
         runbook=[
             "Is the collector alive, its clock right, the missing still in its journal? See `inferwatch status`.",
-            "Unaudited inference: what else runs in the server's process, and who may reach its engine?",
-            "A guard that fails on known texts: heartbeats name it; were its weights, config or sidecar changed?",
+            "Unaudited: what else runs in the server's process? Failed canaries: was the guard changed?",
             "Was iw.events truncated, or written to by somebody else? Check the broker's access log.",
         ],
         key=["collector", "boot", "partition"],

@@ -30,6 +30,7 @@ from collector.guards.protocol import ALONE, UNSAMPLED, Context, Guard, GuardPol
 from collector.guards.remote import remote_guards
 
 _log = structlog.get_logger(__name__)
+CHUNK_STAGES: Final[frozenset[Stage]] = frozenset({"retrieved", "tool"})
 CHOSEN_MAX: Final = 4096
 """Tenants and routes whose guards are remembered."""
 _LEFT_OUT: Final = Judgement(0.0, UNSAMPLED, block=False)
@@ -188,6 +189,20 @@ class GuardStack:
             elif verdict.label != UNSAMPLED:
                 self.health.scored(task.post.guard, verdict.stage, verdict.score)
         return worst(verdicts)
+
+    def drops(self, context: Context) -> bool:
+        """Whether any guard takes out chunks that it blocks, for this tenant and route."""
+        return any(
+            post.rule.drops(stage) and post.rule.mode_at(stage) == "enforce"
+            for post in self._posts_for(context)
+            for stage in post.stages & CHUNK_STAGES
+        )
+
+    def takes_out(self, results: Iterable[GuardResult], context: Context) -> bool:
+        """Whether these verdicts on one chunk mean that it is taken out: each guard that blocks it would have it so."""
+        rules = {post.guard.name: post.rule for post in self._posts_for(context)}
+        ruling = [each for each in results if self.blocks([each], context)]
+        return bool(ruling) and all(rules[each.guard].drops(each.stage) for each in ruling)
 
     def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
         """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""

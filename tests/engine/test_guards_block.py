@@ -109,3 +109,29 @@ def test_a_client_that_leaves_a_held_stream_is_counted(
     (event,) = server.settled(1, before)
     assert (event.status, event.released_chars) == ("aborted", 0)
     assert 0 < event.response_tokens < 1_500
+
+
+def test_a_retrieved_chunk_is_taken_out_or_blocks(
+    server: Server, web: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marked in a message: by policy the request is refused, or goes on without it and the event has the count."""
+    auditor = server.auditor()
+    marked = auditor.gate.model_copy(update={"markers": (("<document>", "</document>"),)})
+    monkeypatch.setattr(auditor, "gate", marked)
+    (post,) = auditor.guards._posts
+    text = "Read <document>the page says blockme</document> and answer."
+    body = chat(messages=[{"role": "user", "content": text}])
+    for poisoned, stream in (("block", False), ("drop", False), ("drop", True)):
+        policy = post.policy.model_copy(update={"poisoned": poisoned})
+        monkeypatch.setattr(auditor.guards, "_posts", (post._replace(policy=policy),))
+        monkeypatch.setattr(auditor.guards, "_chosen", {})
+        before = server.mark()
+        answer = web.post(CHAT, json={**body, "stream": stream})
+        (event,) = server.settled(1, before)
+        if poisoned == "block":
+            assert (answer.status_code, event.status, event.chunks_removed) == (403, "blocked_input", 0)
+            continue
+        assert (answer.status_code, event.status, event.chunks_removed) == (200, "ok", 1)
+        assert [r.decision for r in event.guardrail_results if r.stage == "retrieved"] == ["block"]
+        assert server.guard.saw[-2] == ("input", "Read [removed by policy] and answer.")
+        assert event.view == "messages"
