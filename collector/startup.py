@@ -50,6 +50,7 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
     log.info(
         "the collector is open", model_version=model.version, guards=guards.versions, tenants=len(identity.tenants)
     )
+    guards.watch(partial(publisher.change, key=""))
     identity.watch(partial(publisher.change, key=""), config.identity.reload_s)
     return Auditor(
         publisher,

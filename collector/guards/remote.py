@@ -52,8 +52,8 @@ _RECEIVE_BYTES: Final = 262_144
 _PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between attempts to connect; the last one repeats."""
 _SILENCE_S: Final = 0.3
-Changed = Callable[[str, str, str], None]
-"""Told a guard's name, its version before and after."""
+Changed = Callable[..., object]
+"""Told of a guard's new version: `subject`, `before`, `after`."""
 
 
 class SidecarAway(Exception):
@@ -181,7 +181,7 @@ class Sidecar:
         self._link: _Link | None = None
         self._told: dict[str, GuardTold] = {}
         self._greeted, self._closed = threading.Event(), threading.Event()
-        self.changed: Changed | None = None
+        self.changed: Changed = _nobody
         self._thread = threading.Thread(target=self._keep, name="guards-sidecar", daemon=True)
         self._thread.start()
 
@@ -218,12 +218,6 @@ class Sidecar:
         finally:
             link.forget(numbers)
         return [answer for number in numbers if (answer := waiting.answers[number]) is not None]
-
-    def saw(self, name: str, version: str) -> None:
-        """An answer was of this version."""
-        told = self._told.get(name)
-        if told is not None and told.version != version:
-            self._learn({name: GuardTold(name, version, told.stages, told.labels, told.probes)})
 
     def close(self) -> None:
         """No more questions."""
@@ -299,8 +293,10 @@ class Sidecar:
             old = before.get(name)
             if old is not None and old.version != now.version:
                 log.warning("a guard of the sidecar has changed", guard=name, before=old.version, after=now.version)
-                if self.changed is not None:
-                    self.changed(name, old.version, now.version)
+                try:
+                    self.changed(subject=f"guard:{name}", before=old.version, after=now.version)
+                except Exception as problem:  # noqa: BLE001 - whatever hears of it, answers go on being read
+                    log.error("a change of a guard could not be told", error=type(problem).__name__)  # noqa: TRY400 - no trace
 
 
 class RemoteGuard:
@@ -355,17 +351,15 @@ class RemoteGuard:
         budget_ms = 0.95 * (policy.deadline_ms + policy.deadline_ms_per_kchar * longest / 1000)
         until_s = time.monotonic() + budget_ms / 1000
         answers = self._sidecar.ask([_ask(self.name, budget_ms, text) for text in texts], until_s)
-        return [self._judgement(answer) for answer in answers]
+        return [_judgement(answer) for answer in answers]
+
+    def watch(self, tell: Changed) -> None:
+        """Tell when a guard of this sidecar has changed."""
+        self._sidecar.changed = tell
 
     def close(self) -> None:
         """No more questions, of any guard of this sidecar."""
         self._sidecar.close()
-
-    def _judgement(self, answer: Answer) -> Judgement:
-        if answer.error:
-            raise type(answer.error, (FailedThere,), {})
-        self._sidecar.saw(self.name, answer.version)
-        return Judgement(answer.score, answer.label, answer.block)
 
 
 def remote_guards(config: GuardsConfig) -> dict[str, RemoteGuard]:
@@ -389,6 +383,16 @@ def _ask(name: str, budget_ms: float, text: Text) -> Ask:
     context = text.context
     system, prompt = to_bytes(context.system), to_bytes(context.prompt)
     return Ask(name, budget_ms, text.stage, to_bytes(text.text), context.tenant, context.route, system, prompt)
+
+
+def _judgement(answer: Answer) -> Judgement:
+    if answer.error:
+        raise type(answer.error, (FailedThere,), {})
+    return Judgement(answer.score, answer.label, answer.block)
+
+
+def _nobody(**_: object) -> None:
+    pass
 
 
 def _words(sock: socket.socket) -> Iterator[tuple[int, bytes]]:

@@ -50,14 +50,15 @@ from collector.guards.wire import (
 
 log = structlog.get_logger(__name__)
 
-_HELLO_S: Final = 5.0
-"""A client has so long to show who it is."""
 _GRACE_S: Final = 0.1
 """A worker may be so much over a text's budget: its answer may be on the way."""
 _RESPAWN_S: Final = (0.0, 0.1, 0.3, 1.0)
 """Pauses before a worker that died without an answer is started again; the last one repeats."""
 _STOP_S: Final = 2.0
 _SWEEP_S: Final = 0.1
+_BATCH_S: Final = 0.02
+"""A worker is given texts for about so long at once."""
+_COST_SHARE: Final = 0.1
 _UNKNOWN_LENGTH: Final = ANSWER_BYTES_MAX
 
 
@@ -68,13 +69,15 @@ class _Question:
     client: "_Client"
     number: int
     """The client's."""
+    guard: str
     body: bytes
+    budget_s: float
     deadline_s: float
     tries: int = 0
 
 
 def _failed(error: str) -> bytes:
-    return encode(Answer("", 0.0, "", block=False, error=error))
+    return encode(Answer(0.0, "", block=False, error=error))
 
 
 _OVERLOADED, _LATE, _DIED = _failed("Overloaded"), _failed("DeadlineExceeded"), _failed("WorkerDied")
@@ -99,7 +102,9 @@ class _Client(asyncio.Protocol):
             transport.abort()
             return
         self._front.clients.add(self)
-        self._watch = asyncio.get_running_loop().call_later(_HELLO_S, self._turn_away, "it did not say who it is")
+        self._watch = asyncio.get_running_loop().call_later(
+            self._front.config.connect_timeout_ms / 1000, self._turn_away, "it did not say who it is"
+        )
         transport.write(frame(0, encode(self._greeting)))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
@@ -177,6 +182,8 @@ class _Worker(asyncio.Protocol):
     guards: tuple[GuardTold, ...] = ()
     given: dict[int, _Question] = field(default_factory=dict)
     """What it works on, in order."""
+    since_s: float = 0.0
+    """Since when it works on the first of them."""
     timer: asyncio.TimerHandle | None = None
     ended: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -187,17 +194,23 @@ class _Worker(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Answers, or its first word."""
         out: dict[_Client, list[bytes]] = {}
+        done: list[str] = []
         try:
             for number, body in self.frames.feed(data):
                 if not self.guards:
                     self.front.is_ready(self, ready_of(body))
                 elif question := self.given.pop(number, None):
+                    done.append(question.guard)
                     out.setdefault(question.client, []).append(frame(question.number, body))
         except (Garbled, *BAD_BODY):
             self.kill()
         for client, answers in out.items():
             client.send(b"".join(answers))
-        self.watch()
+        if done:
+            cost_s = (asyncio.get_running_loop().time() - self.since_s) / len(done)
+            for guard in done:
+                self.front.learn(guard, cost_s)
+            self.watch()
         self.front.dispatch()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
@@ -222,14 +235,15 @@ class _Worker(asyncio.Protocol):
         self.watch()
 
     def watch(self) -> None:
-        """Look again when the first text's budget is over."""
+        """From now on it works on the first text, for no longer than that one's whole budget."""
+        loop = asyncio.get_running_loop()
+        self.since_s = loop.time()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         first = next(iter(self.given.values()), None)
         if first is not None:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_at(first.deadline_s + _GRACE_S, self._late)
+            self.timer = loop.call_at(self.since_s + first.budget_s + _GRACE_S, self._late)
 
     def kill(self) -> None:
         """The end of it, whatever it does."""
@@ -252,10 +266,12 @@ class Front:
             raise GuardRefused('no guard of order has where = "sidecar": there is nothing to serve')
         self.clients: set[_Client] = set()
         self.told: tuple[GuardTold, ...] = ()
+        self._many: set[str] = set()
         self._workers: set[_Worker] = set()
         self._waiting: deque[_Question] = deque()
         self._waiting_bytes = 0
         self._number = 0
+        self._cost_s: dict[str, float] = {}
         self._refused = ""
 
     def admits(self, sock: socket.socket) -> bool:
@@ -284,8 +300,9 @@ class Front:
         if len(self._waiting) >= self.config.queue_max or full:
             client.send(frame(number, _OVERLOADED))
             return
-        deadline_s = asyncio.get_running_loop().time() + head.budget_ms / 1000
-        self._waiting.append(_Question(client, number, body, deadline_s))
+        budget_s = head.budget_ms / 1000
+        deadline_s = asyncio.get_running_loop().time() + budget_s
+        self._waiting.append(_Question(client, number, head.guard, body, budget_s, deadline_s))
         self._waiting_bytes += len(body)
 
     def dispatch(self) -> None:
@@ -296,16 +313,26 @@ class Front:
             if batch := self._batch(min(self.config.batch_max, share)):
                 idle.pop().give(batch)
 
+    def learn(self, guard: str, cost_s: float) -> None:
+        """What a text took: batches grow where texts are quick, and none is kept behind slow ones."""
+        known_s = self._cost_s.get(guard, cost_s)
+        self._cost_s[guard] = known_s + _COST_SHARE * (cost_s - known_s)
+
     def _batch(self, most: int) -> list[_Question]:
         """The next ones; what has been given to a worker that died goes alone. Those too late are answered."""
-        now_s = asyncio.get_running_loop().time()
+        now_s, planned_s = asyncio.get_running_loop().time(), 0.0
         batch: list[_Question] = []
-        while self._waiting and len(batch) < most and not (batch and self._waiting[0].tries):
-            question = self._waiting.popleft()
+        while self._waiting and len(batch) < most:
+            question = self._waiting[0]
+            cost_s = self._cost_s.get(question.guard, _BATCH_S)
+            planned_s += cost_s
+            if batch and (question.tries or (planned_s > _BATCH_S and question.guard not in self._many)):
+                break
+            self._waiting.popleft()
             self._waiting_bytes -= len(question.body)
             if question.client.gone:
                 continue
-            if question.deadline_s <= now_s:
+            if question.deadline_s <= now_s + min(cost_s, question.budget_s / 2):
                 question.client.send(frame(question.number, _LATE))
                 continue
             batch.append(question)
@@ -314,7 +341,7 @@ class Front:
         return batch
 
     def is_ready(self, worker: _Worker, ready: Ready) -> None:
-        """A worker's first word. Clients are told where guards are not what they were."""
+        """A worker's first word. Where guards are not what they were, clients are told, and other workers replaced."""
         if ready.refused or not ready.guards:
             self._refused = ready.refused
             worker.kill()
@@ -322,6 +349,10 @@ class Front:
         worker.guards = ready.guards
         if ready.guards != self.told:
             self.told = ready.guards
+            self._many = {guard.name for guard in ready.guards if guard.many}
+            for other in self._workers:
+                if other.guards and other.guards != ready.guards:
+                    other.kill()
             for client in self.clients:
                 if client.known:
                     client.send(frame(0, encode(self.welcome())))

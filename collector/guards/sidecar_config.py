@@ -29,7 +29,10 @@ class SidecarConfig(BaseModel):
         "it; it is never sent.",
     )
     connect_timeout_ms: float = Field(
-        2_000, gt=0, le=60_000, description="Time to connect and to prove the token; the server waits so long at start."
+        2_000,
+        gt=0,
+        le=60_000,
+        description="Time to connect and to prove the token, at both ends; a server waits so long at its start.",
     )
     workers: int = Field(1, ge=1, le=64, description="Processes of the sidecar that judge, one text at a time each.")
     batch_max: int = Field(32, ge=1, le=1_024, description="Texts that a worker is given at once.")

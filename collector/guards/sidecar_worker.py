@@ -51,6 +51,7 @@ def told(guards: Mapping[str, Guard]) -> tuple[GuardTold, ...]:
             guard.version,
             guard.stages,
             guard.labels,
+            hasattr(guard, "judge_many"),
             tuple(
                 ProbeTold(
                     to_bytes(probe.text),
@@ -82,7 +83,7 @@ class Judge:
                 text = Text(to_text(ask.text), ask.stage, _context(ask))
                 guard = self._guards[ask.guard]
             except (*BAD_BODY, KeyError) as problem:
-                yield number, Answer("", 0.0, "", block=False, error=_word(problem))
+                yield number, Answer(0.0, "", block=False, error=_word(problem))
                 continue
             if waiting and guard is not of:
                 yield from self._together(of, waiting)
@@ -99,7 +100,7 @@ class Judge:
         try:
             return _answer(guard, guard.judge(text.text, text.stage, text.context))
         except BaseException as problem:  # noqa: BLE001 - SystemExit too: whatever a guard raises is its answer
-            return Answer(guard.version, 0.0, "", block=False, error=_word(problem))
+            return Answer(0.0, "", block=False, error=_word(problem))
 
     def _together(self, guard: Any, waiting: Sequence[tuple[int, Text]]) -> Iterator[tuple[int, Answer]]:
         """Where judging together fails, each is judged alone: the fault may be that of one text."""
@@ -118,7 +119,7 @@ class Judge:
 
 def _answer(guard: Guard, judgement: object) -> Answer:
     good: Judgement = checked(guard, judgement)
-    return Answer(guard.version, good.score, good.label, good.block)
+    return Answer(good.score, good.label, good.block)
 
 
 def _context(ask: Ask) -> Context:

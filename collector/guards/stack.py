@@ -142,6 +142,11 @@ class GuardStack:
         """Those that any guard judges."""
         return frozenset(stage for post in self._posts for stage in post.stages)
 
+    def watch(self, tell: Callable[..., object]) -> None:
+        """Tell (`subject`, `before`, `after`) when a guard of the sidecar has another version than it had."""
+        for guard in self._remote.values():
+            guard.watch(tell)
+
     def errors(self) -> dict[str, int]:
         """Guard name to the number of texts it failed to judge since the start (for heartbeats)."""
         with self._lock:

@@ -66,6 +66,8 @@ class GuardTold(Struct, frozen=True, array_like=True):
     version: Version
     stages: frozenset[Stage]
     labels: Annotated[frozenset[Label], Meta(max_length=4_096)]
+    many: bool
+    """It judges several texts together."""
     probes: Annotated[tuple[ProbeTold, ...], Meta(max_length=64)]
 
 
@@ -103,7 +105,6 @@ class Ask(Struct, frozen=True, array_like=True, gc=False):
 class Answer(Struct, frozen=True, array_like=True, gc=False):
     """The judgement, or the class of what went wrong."""
 
-    version: Version
     score: float
     label: Label
     block: bool
