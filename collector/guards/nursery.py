@@ -53,7 +53,7 @@ class Nursery:
         self._line, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             self._line.close()
-            _end_with_parent()
+            end_with_parent()
             cores.forbid()
             _nurse(its)
             os._exit(0)
@@ -96,7 +96,7 @@ def _nurse(line: socket.socket) -> None:
 
 
 def _work(number: int) -> None:
-    _end_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     status = 1
     try:
@@ -109,5 +109,6 @@ def _work(number: int) -> None:
         os._exit(status)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """The kernel kills this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

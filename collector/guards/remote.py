@@ -22,7 +22,7 @@ import structlog
 
 from collector.event import Stage
 from collector.guards.config import GuardsConfig
-from collector.guards.protocol import ALONE, Context, GuardPolicy, GuardRefused, Judgement, Probe, Text
+from collector.guards.protocol import ALONE, CONTEXT, Context, GuardPolicy, GuardRefused, Judgement, Probe, Text
 from collector.guards.sidecar_config import SidecarConfig
 from collector.guards.sidecar_socket import peer_uid
 from collector.guards.wire import (
@@ -326,6 +326,18 @@ class RemoteGuard:
         return frozenset() if told is None else told.labels
 
     @property
+    def reads(self) -> frozenset[str]:
+        """As the sidecar says."""
+        told = self._sidecar.guard(self.name)
+        return CONTEXT if told is None else told.reads
+
+    @property
+    def window_chars(self) -> int:
+        """As the sidecar says; 0, the whole answer, until it has been there."""
+        told = self._sidecar.guard(self.name)
+        return 0 if told is None else told.window_chars
+
+    @property
     def probes(self) -> Sequence[Probe]:
         """As the sidecar says; none until it has been there. It tests its guards itself, at each worker's start."""
         told = self._sidecar.guard(self.name)
@@ -350,7 +362,8 @@ class RemoteGuard:
         # A little less than the stack waits: a thread that comes back late counts as hung there.
         budget_ms = 0.95 * (policy.deadline_ms + policy.deadline_ms_per_kchar * longest / 1000)
         until_s = time.monotonic() + budget_ms / 1000
-        answers = self._sidecar.ask([_ask(self.name, budget_ms, text) for text in texts], until_s)
+        reads = self.reads
+        answers = self._sidecar.ask([_ask(self.name, budget_ms, text, reads) for text in texts], until_s)
         return [_judgement(answer) for answer in answers]
 
     def watch(self, tell: Changed) -> None:
@@ -379,9 +392,11 @@ def remote_guards(config: GuardsConfig) -> dict[str, RemoteGuard]:
         raise
 
 
-def _ask(name: str, budget_ms: float, text: Text) -> Ask:
+def _ask(name: str, budget_ms: float, text: Text, reads: frozenset[str]) -> Ask:
+    """What the guard does not read stays here."""
     context = text.context
-    system, prompt = to_bytes(context.system), to_bytes(context.prompt)
+    system = to_bytes(context.system) if "system" in reads else b""
+    prompt = to_bytes(context.prompt) if "prompt" in reads else b""
     return Ask(name, budget_ms, text.stage, to_bytes(text.text), context.tenant, context.route, system, prompt)
 
 

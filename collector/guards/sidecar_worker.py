@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from collector.guards.config import GuardsConfig
-from collector.guards.protocol import Context, Guard, GuardRefused, Judgement, Text
+from collector.guards.protocol import CONTEXT, Context, Guard, GuardRefused, Judgement, Text
 from collector.guards.stack import BadJudgement, GuardStack, checked
 from collector.guards.wire import (
     BAD_BODY,
@@ -39,7 +39,8 @@ def sidecar_guards(config: GuardsConfig) -> dict[str, Guard]:
     """The guards that the config places in the sidecar, built and self-tested. Raises GuardRefused."""
     names = tuple(name for name in config.names if config.policy(name).where == "sidecar")
     guards = {name: config.policy(name).build() for name in names}
-    GuardStack(config.model_copy(update={"order": names}), guards=guards).close()
+    alone = config.model_copy(update={"order": names, "tenants": {}, "routes": {}})
+    GuardStack(alone, guards=guards).close()
     return guards
 
 
@@ -52,6 +53,8 @@ def told(guards: Mapping[str, Guard]) -> tuple[GuardTold, ...]:
             guard.stages,
             guard.labels,
             hasattr(guard, "judge_many"),
+            getattr(guard, "reads", CONTEXT),
+            int(getattr(guard, "window_chars", 0)),
             tuple(
                 ProbeTold(
                     to_bytes(probe.text),

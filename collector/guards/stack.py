@@ -33,6 +33,8 @@ _log = structlog.get_logger(__name__)
 CHUNK_STAGES: Final[frozenset[Stage]] = frozenset({"retrieved", "tool"})
 CHOSEN_MAX: Final = 4096
 """Tenants and routes whose guards are remembered."""
+TELL_S: Final = 1.0
+"""A guard that fails in one way is told of in the log so often: it may be each text's."""
 _LEFT_OUT: Final = Judgement(0.0, UNSAMPLED, block=False)
 _WORST: Final[dict[Decision, int]] = {"allow": 0, "shadow": 1, "error": 2, "block": 3}
 
@@ -127,6 +129,7 @@ class GuardStack:
         self._slots = threading.Semaphore(config.workers)
         self._stuck: dict[str, int] = dict.fromkeys(built, 0)
         self._errors: dict[str, int] = {}
+        self._told_s: dict[tuple[str, Stage, str], float] = {}
         self._closed = False
         self.health = Health((post.guard for post in self._posts), self._canary)
         for post in self._posts:
@@ -346,9 +349,14 @@ class GuardStack:
             del job, task, outcome  # an idle worker keeps no text alive
 
     def _count_error(self, result: GuardResult) -> None:
+        what = (result.guard, result.stage, result.error)
         with self._lock:
-            self._errors[result.guard] = self._errors.get(result.guard, 0) + 1
-        _log.warning("guard failed", guard=result.guard, stage=result.stage, error=result.error)
+            self._errors[result.guard] = count = self._errors.get(result.guard, 0) + 1
+            now_s = time.monotonic()
+            if now_s - self._told_s.get(what, -math.inf) < TELL_S:
+                return
+            self._told_s[what] = now_s
+        _log.warning("guard failed", guard=what[0], stage=what[1], error=what[2], texts_so_far=count)
 
     def _canary(self, guard: Guard, probe: Probe) -> bool | None:
         """What a guard says to a probe now; None where it failed."""

@@ -68,6 +68,10 @@ class GuardTold(Struct, frozen=True, array_like=True):
     labels: Annotated[frozenset[Label], Meta(max_length=4_096)]
     many: bool
     """It judges several texts together."""
+    reads: frozenset[Word]
+    """What it reads of the context."""
+    window_chars: Annotated[int, Meta(ge=0)]
+    """What it has to see of an answer in one piece; 0: the whole."""
     probes: Annotated[tuple[ProbeTold, ...], Meta(max_length=64)]
 
 

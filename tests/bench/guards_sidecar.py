@@ -93,6 +93,7 @@ class Sidecar:
         self.config = GuardsConfig.model_validate(
             {
                 "workers": THREADS,
+                "cache_entries": 0,
                 "sidecar": {"socket": str(folder / "guards.sock"), "workers": workers, "connect_timeout_ms": 20_000},
                 "injection": {"where": "sidecar"},
                 "secrets": {"where": "sidecar"},
@@ -124,7 +125,7 @@ class Sidecar:
     @property
     def workers(self) -> list[int]:
         """Those that judge."""
-        return [worker for nursery in children(self._popen.pid) for worker in children(nursery)]
+        return family(self._popen.pid)[3:]
 
     def kill(self) -> None:
         """All at once."""

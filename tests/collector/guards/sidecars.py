@@ -89,7 +89,9 @@ def settings(folder: Path, *, gathering: bool = False, **sidecar: Any) -> Guards
     policy = {"where": "sidecar", "deadline_ms": DEADLINE_MS, "stages": ["input"]}
     order = ["injection"] if gathering else ["secrets"]
     place = {"socket": str(folder / "g.sock"), "connect_timeout_ms": 1_000, **sidecar}
-    return GuardsConfig.model_validate({"order": order, "secrets": policy, "injection": policy, "sidecar": place})
+    return GuardsConfig.model_validate(
+        {"order": order, "cache_entries": 0, "secrets": policy, "injection": policy, "sidecar": place}
+    )
 
 
 class Process:
@@ -111,13 +113,22 @@ class Process:
         return self
 
     @property
-    def pid(self) -> int:
-        """Of the front."""
-        return self.popen.pid
+    def front(self) -> int:
+        """The pid of the one that servers talk with."""
+        (pid,) = children(self.popen.pid)
+        return pid
+
+    def below(self) -> list[list[int]]:
+        """The pids by generation: front, nursery, workers."""
+        found, pids = [], [self.popen.pid]
+        while pids := [child for pid in pids for child in children(pid)]:
+            found.append(pids)
+        return found
 
     def workers(self) -> list[int]:
-        """Pids of those that judge: the children of its only child."""
-        return [worker for nursery in children(self.pid) for worker in children(nursery)]
+        """Those that judge."""
+        below = self.below()
+        return below[2] if len(below) == 3 else []
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it; its status."""
