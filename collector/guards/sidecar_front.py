@@ -2,8 +2,8 @@
 
 It has no guard itself, so nothing that a text does to a guard reaches it. Guarantees: a question gets one answer, or
 its connection is closed; no later than its budget allows; at most `queue_max` wait, and one more is answered
-`Overloaded` at once. A worker that dies, or holds a text beyond its budget, is killed and replaced; what else it had been given is
-asked again, alone, of another one. Texts are in memory only.
+`Overloaded` at once. A worker that dies, or holds a text beyond its budget, is killed and replaced; what else it had
+been given is asked again, alone, of another one. Texts are in memory only.
 """
 
 import asyncio
