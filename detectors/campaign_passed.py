@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from collector.event import AuditEvent
 from detectors.campaign_families import sketch_of
 from detectors.chunk import Chunk
 from detectors.config import DetectConfig
@@ -14,6 +13,7 @@ from detectors.detector import StageOne, actor, actor_entity
 from detectors.entities import Dump, EntityTable
 from detectors.registry import Registry
 from detectors.rollup import Partial, Signal
+from detectors.text import Text
 from detectors.time import SECOND_US
 
 NAME: Final = "campaign"
@@ -75,7 +75,7 @@ class CampaignOne(StageOne):
             )
         return told
 
-    def _new(self, name: str, event: AuditEvent, moment_us: int) -> bool:
+    def _new(self, name: str, event: Text, moment_us: int) -> bool:
         past = self._users.get(name)
         if past is None or moment_us - past.since_us > HOUR_US:
             past = Passed(moment_us, [])

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
 
-from collector.event import AuditEvent, Rejection
 from detectors.columns import SECOND_US, Columns, Floats, Ints, picked
 from detectors.detector import actor
 from detectors.finding import EVENT_IDS_MAX
 from detectors.histogram import buckets_of
 from detectors.registry import Registry, Rows
 from detectors.rollup import Extreme, Partial, Sample, first
+from detectors.text import Text, event_id_of, text_of
 
-_decoder: Final[msgspec.json.Decoder[AuditEvent]] = msgspec.json.Decoder(AuditEvent | Rejection)
 BUCKETS_MAX: Final = 512
 """More than `detectors.histogram` has."""
+COUNTERS_A_NUMBER: Final = 8
+"""With more of them sorting is quicker than counting."""
 
 
 class Chunk:
@@ -34,16 +34,16 @@ class Chunk:
         self.step: Ints = np.cumsum(np.diff(self.second, prepend=self.second[:1]) != 0)
         """The second's number in the chunk: 0, 1, 2 …"""
         self.entity: Rows = registry.rows(columns.high, columns.low, columns.moment_us, columns.named)
-        self._events: dict[int, AuditEvent] = {}
+        self._events: dict[int, Text] = {}
 
     def __len__(self) -> int:
         return len(self.columns)
 
-    def event(self, index: int) -> AuditEvent:
-        """The event itself, decoded when first asked for."""
+    def event(self, index: int) -> Text:
+        """What the event says in words, decoded when first asked for."""
         event = self._events.get(index)
         if event is None:
-            event = self._events[index] = _decoder.decode(self.columns.raws[index])
+            event = self._events[index] = text_of(self.columns.raws[index])
         return event
 
     def actor(self, index: int) -> str:
@@ -56,10 +56,6 @@ class Chunk:
         return [(int(moments[index]), self.event(index).event_id) for index in indices[:EVENT_IDS_MAX]]
 
 
-def _event_id(raw: bytes) -> str:
-    return _decoder.decode(raw).event_id
-
-
 def in_order(columns: Columns, rows: Rows) -> Columns:
     """These events, sorted by (timestamp, event_id)."""
     order = rows[np.argsort(columns.moment_us[rows], kind="stable")]
@@ -69,7 +65,7 @@ def in_order(columns: Columns, rows: Rows) -> Columns:
         apart = np.flatnonzero(np.diff(tied) != 1)
         begins, ends = tied[np.append(0, apart + 1)].tolist(), (tied[np.append(apart, len(tied) - 1)] + 2).tolist()
         for begin, end in zip(begins, ends, strict=True):
-            order[begin:end] = sorted(order[begin:end].tolist(), key=lambda row: _event_id(columns.raws[row]))
+            order[begin:end] = sorted(order[begin:end].tolist(), key=lambda row: event_id_of(columns.raws[row]))
     return picked(columns, order)
 
 
@@ -113,6 +109,29 @@ class Place(NamedTuple):
         )
 
 
+def in_order_of(code: Ints, bound: int) -> tuple[Rows, Ints]:
+    """The stable order of numbers below `bound`, none negative, and the numbers in it.
+
+    Number and place are packed into one, since sorting these is several times quicker than finding an order."""
+    shift = len(code).bit_length()
+    if bound.bit_length() + shift >= 63:
+        order = np.argsort(code, kind="stable")
+        return order, code[order]
+    packed = code << shift
+    packed |= np.arange(len(code))
+    packed.sort()
+    return packed & ((1 << shift) - 1), packed >> shift
+
+
+def tallied(code: Ints, bound: int) -> tuple[Ints, Ints]:
+    """The different ones of numbers below `bound`, ascending, and how often each is there."""
+    if bound > COUNTERS_A_NUMBER * (len(code) + BUCKETS_MAX):
+        return np.unique(code, return_counts=True)
+    counts = np.bincount(code, minlength=bound)
+    found = np.flatnonzero(counts)
+    return found, counts[found]
+
+
 def bits(values: Ints) -> Ints:
     """The number of bits of each value, which is below 2**53: sizes in powers of two."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)
@@ -123,18 +142,22 @@ class Groups:
 
     def __init__(self, rows: Rows, *keys: Ints) -> None:
         """`rows` of a chunk, and the keys of each of them, the most significant first; none negative."""
-        code = keys[0]
+        code, bound = keys[0], int(keys[0].max(initial=0)) + 1
         for key in keys[1:]:
-            code = code * (int(key.max(initial=0)) + 1) + key
-        order = np.argsort(code, kind="stable")
-        ordered = code[order]
-        self.starts: Rows = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if len(rows) else rows
+            different = int(key.max(initial=0)) + 1
+            if different > 1:
+                code, bound = code * different + key, bound * different
+        order, ordered = in_order_of(code, bound)
+        new = np.ones(len(rows), bool)
+        np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+        self.starts: Rows = np.flatnonzero(new)
         self.rows: Rows = rows[order]
-        self.sizes: Ints = np.diff(np.append(self.starts, len(rows)))
+        ends = np.append(self.starts, len(rows))
+        self.sizes: Ints = ends[1:] - ends[:-1]
         self.group: Ints = np.repeat(np.arange(len(self.starts)), self.sizes)
         """The group of each of `rows`."""
         self._order = order
-        self._ends = np.append(self.starts, len(rows)).tolist()
+        self._ends = ends.tolist()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -163,9 +186,10 @@ class Groups:
             Place(chunk.partition, second, *kinds[kind], detector, size, *span) for second, kind, size, span in told
         ]
 
-    def members(self, group: int) -> list[int]:
-        """Its rows of the chunk, in order."""
-        return list(self.rows[self._ends[group] : self._ends[group + 1]].tolist())
+    def first_members(self, group: int) -> list[int]:
+        """The first of its rows of the chunk, in order: as many as `Chunk.samples` takes."""
+        begin, end = self._ends[group], self._ends[group + 1]
+        return list(self.rows[begin : min(begin + EVENT_IDS_MAX, end)].tolist())
 
     def sums(self, values: Ints) -> list[int]:
         """Of values of the chunk, a group."""
@@ -179,22 +203,29 @@ class Groups:
         high = np.maximum.reduceat(values[self.rows], self.starts).tolist()
         return list(zip(low, high, strict=True))
 
-    def histograms(self, values: Ints | Floats) -> list[dict[int, int]]:
-        """A log-bucket histogram a group; values that are not a number count for nothing."""
-        mine = values[self.rows]
-        group = self.group
+    def histograms(self, *values: Ints | Floats, factor: int = 1) -> list[list[dict[int, int]]]:
+        """Of each of `values`, times `factor`, a log-bucket histogram a group. What is no number counts for nothing."""
+        if not len(self):
+            return [[] for _ in values]
+        whole = len(values) * len(self)
+        mine = np.concatenate([each[self.rows] for each in values])
+        group = np.arange(whole).reshape(len(values), -1)[:, self.group].ravel()
+        if factor != 1:
+            mine *= factor
         if mine.dtype.kind == "f":
             known = ~np.isnan(mine)
             mine, group = mine[known], group[known]
-        code = group * BUCKETS_MAX + buckets_of(mine.astype(np.int64))
-        code, counts = np.unique(code, return_counts=True)
-        ends = np.searchsorted(code, np.arange(len(self) + 1) * BUCKETS_MAX).tolist()
+        code, counts = tallied(group * BUCKETS_MAX + buckets_of(mine.astype(np.int64)), whole * BUCKETS_MAX)
+        ends = np.searchsorted(code, np.arange(whole + 1) * BUCKETS_MAX).tolist()
         buckets, numbers = (code % BUCKETS_MAX).tolist(), counts.tolist()
-        return [dict(zip(buckets[begin:end], numbers[begin:end], strict=True)) for begin, end in pairwise(ends)]
+        found = [dict(zip(buckets[begin:end], numbers[begin:end], strict=True)) for begin, end in pairwise(ends)]
+        return [found[begin : begin + len(self)] for begin in range(0, whole, len(self))]
 
     def largest(self, values: Ints, limit: int) -> list[list[int]]:
         """Of each group the rows with the `limit` largest values; the earlier first where values are the same."""
-        order = np.lexsort((np.arange(len(self.rows)), -values[self.rows], self.group))
+        mine = values[self.rows]
+        most = int(mine.max(initial=0)) + 1
+        order, _ = in_order_of(self.group * most + (most - 1 - mine), len(self) * most)
         ranked = self.rows[order].tolist()
         return [
             ranked[begin : min(begin + limit, end)] for begin, end in zip(self._ends[:-1], self._ends[1:], strict=True)
@@ -206,17 +237,17 @@ class Groups:
             return []
         entity = chunk.entity[self.rows] + 1
         parts = Groups(np.arange(len(self.rows)), self.group, entity)
-        sums = np.array(parts.sums(weights[self.rows]), np.int64)
-        group = self.group[parts.rows[parts.starts]]
-        shown = self.rows[parts.rows[parts.starts]]
-        order = np.lexsort((-sums, group))
-        ends = np.searchsorted(group[order], np.arange(len(self) + 1))
+        sums = np.add.reduceat(weights[self.rows][parts.rows], parts.starts)
+        heads = parts.rows[parts.starts]
+        shown = self.rows[heads]
+        ends = np.searchsorted(self.group[heads], np.arange(len(self) + 1))
         told = []
         for begin, end in pairwise(ends.tolist()):
-            mine = order[begin:end]
+            mine = sums[begin:end]
+            heavy = np.arange(begin, end)
             if len(mine) > limit:
-                mine = mine[sums[mine] >= sums[mine[limit - 1]]]
-            told.append(self._named(chunk, shown[mine].tolist(), sums[mine].tolist(), limit))
+                heavy = heavy[mine >= np.partition(mine, len(mine) - limit)[len(mine) - limit]]
+            told.append(self._named(chunk, shown[heavy].tolist(), sums[heavy].tolist(), limit))
         return told
 
     def _named(self, chunk: Chunk, shown: list[int], sums: list[int], limit: int) -> dict[str, int]:

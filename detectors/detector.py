@@ -20,6 +20,7 @@ from collector.event import AnyRecord, AuditEvent, Record
 from detectors.config import DetectConfig
 from detectors.finding import Confidence, Contributor, Entity, Severity, Statistic
 from detectors.rollup import Cell, Partial, Sample, Signal
+from detectors.text import Text
 
 if TYPE_CHECKING:
     from detectors.chunk import Chunk
@@ -140,7 +141,7 @@ class Detector(Struct, frozen=True, kw_only=True):
     stage_two: Callable[[DetectConfig], StageTwo]
 
 
-def actor(event: AuditEvent) -> str:
+def actor(event: AuditEvent | Text) -> str:
     """Who sent it: the key by which iw.events is partitioned, user, else API key, else address. May be empty."""
     return event.user_id or event.api_key or event.client_address
 

@@ -73,10 +73,8 @@ class LatencyOne(StageOne):
         step, kind = chunk.step[rows], columns.kind[rows]
         prompt, answer = bits(columns.prompt_tokens) // 2, bits(columns.response_tokens) // 2
         strata = Groups(rows, step, kind, prompt[rows], answer[rows])
-        metrics = [
-            strata.histograms(values * 1_000)
-            for values in (columns.latency_ms, columns.ttft_ms, columns.queue_ms, columns.ms_per_output_token)
-        ]
+        times = columns.latency_ms, columns.ttft_ms, columns.queue_ms, columns.ms_per_output_token
+        metrics = strata.histograms(*times, factor=1_000)
         shapes = zip(strata.firsts(prompt), strata.firsts(answer), strict=True)
         told: list[Partial | Signal] = []
         for number, (place, shape) in enumerate(zip(strata.places(chunk, NAME), shapes, strict=True)):
@@ -86,7 +84,7 @@ class LatencyOne(StageOne):
         models = Groups(rows, step, kind)
         heaviest = models.heaviest(chunk, columns.prompt_tokens, self._users_max)
         for number, place in enumerate(models.places(chunk, NAME)):
-            samples = chunk.samples(models.members(number))
+            samples = chunk.samples(models.first_members(number))
             told.append(place.partial(f"{place.model}\n", weights={"prompt_tokens": heaviest[number]}, samples=samples))
         return told
 

@@ -22,13 +22,11 @@ looks like an attack until 64 prompts of it were learned.
 Memory: 41 bytes a user; 900 a user and 300 a session with evidence, and at most 17 prompts of 350 bytes such a user.
 """
 
-from collections import Counter
 from typing import Final, TypeAlias
 
 import msgspec
 import numpy as np
 
-from collector.event import AuditEvent
 from detectors.chunk import Chunk
 from detectors.config import DetectConfig
 from detectors.detector import Card, Detector, StageOne, actor, actor_entity
@@ -39,6 +37,7 @@ from detectors.probing_told import NAME, Place, ProbingTwo, signal_of
 from detectors.prompts import likeness, prompt_of
 from detectors.registry import Registry, Rows
 from detectors.rollup import Partial, Signal
+from detectors.text import Text
 from detectors.time import SECOND_US
 
 LEARN_S: Final = 20 * 3_600
@@ -51,7 +50,8 @@ SESSION_TOLD_US: Final = 3_600 * SECOND_US
 SESSIONS_MAX: Final = 32
 """Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
 UNDER_SUSPICION: Final = 1
-BLOCKED_NOW: Final = 2
+ONE: Final = np.uint32(1)
+"""Of the column's own type: `np.add.at` takes many times as long with another."""
 SUSPECTED_HALF_LIVES: Final = 8
 """How long a user who came under suspicion is among the last to be forgotten."""
 KEY_BYTES: Final = 16
@@ -93,12 +93,14 @@ class ProbingOne(StageOne):
         entity, second = chunk.entity[rows], chunk.second[rows]
         strange = np.flatnonzero(self._known_s.values[entity] == 0)[::-1]
         self._known_s.values[entity[strange]] = np.clip(second[strange], 1, 2**32 - 1)
-        blocked = entity[columns.blocked[rows]]
-        self._flag.values[blocked] |= BLOCKED_NOW
-        flag = self._flag.values[entity]
-        closer = (flag >= BLOCKED_NOW) | ((flag != 0) & (second >= self._awake_s.values[entity]))
-        self._flag.values[blocked] &= UNDER_SUSPICION
-        np.add.at(self._prompts.values, entity[~closer], 1)
+        closer = (self._flag.values[entity] != 0) & (second >= self._awake_s.values[entity])
+        blocks = np.flatnonzero(columns.blocked[rows])
+        if len(blocks):
+            who, firsts = np.unique(entity[blocks], return_index=True)
+            place = np.minimum(np.searchsorted(who, entity), len(who) - 1)
+            # From a client's first block on: until then there is nothing against him.
+            closer |= (who[place] == entity) & (np.arange(len(rows)) >= blocks[firsts[place]])
+        np.add.at(self._prompts.values, entity[~closer], ONE)
         return [*self._new_tenants(chunk), *self._closer(chunk, rows[closer])]
 
     def _new_tenants(self, chunk: Chunk) -> list[Partial]:
@@ -120,35 +122,48 @@ class ProbingOne(StageOne):
 
     def _closer(self, chunk: Chunk, rows: Rows) -> list[Signal]:
         """Requests of users with evidence, and blocked ones, each in its turn."""
+        if not len(rows):
+            return []
         columns, entity = chunk.columns, chunk.entity[rows]
         keys = np.stack((columns.high[rows], columns.low[rows]), axis=1).tobytes()
-        past = zip(self._prompts.values[entity].tolist(), self._blocks.values[entity].tolist(), strict=True)
+        whose = entity.tolist()
+        prompts, blocks = self._prompts.values[entity].tolist(), self._blocks.values[entity].tolist()
+        past = {who: (asked, stopped) for who, asked, stopped in zip(whose, prompts, blocks, strict=True)}
+        """Prompts and blocks of each client so far."""
         signals: dict[tuple[int, str, str], Signal] = {}
-        prompts, blocks = Counter[int](), Counter[int]()
-        for number, (row, who, before) in enumerate(zip(rows.tolist(), entity.tolist(), past, strict=True)):
+        flags: dict[int, tuple[int, int]] = {}
+        told_of = zip(
+            rows.tolist(),
+            whose,
+            columns.moment_us[rows].tolist(),
+            columns.offset[rows].tolist(),
+            columns.blocked[rows].tolist(),
+            strict=True,
+        )
+        for number, (row, who, moment_us, offset, blocked) in enumerate(told_of):
             key = keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]
-            client, moment_us = self._suspects.get(key), int(columns.moment_us[row])
-            if not columns.blocked[row] and (client is None or moment_us // SECOND_US < client.awake_s):
-                prompts[who] += 1
+            client, counted = self._suspects.get(key), past[who]
+            if not blocked and (client is None or moment_us // SECOND_US < client.awake_s):
+                past[who] = counted[0] + 1, counted[1]
                 continue
             if client is None:
                 client = self._suspected(who, moment_us // SECOND_US)
             event = chunk.event(row)
-            self._learn(client, moment_us // SECOND_US, (before[0] + prompts[who], before[1] + blocks[who]))
-            taken = self._taken(client, event, moment_us, int(columns.offset[row]))
-            counted = (before[0] + prompts[who], before[1] + blocks[who])
+            self._learn(client, moment_us // SECOND_US, counted)
+            taken = self._taken(client, event, moment_us, offset)
             self._suspect(client, taken, counted)
             if taken.new and not taken.retry:
-                prompts[who] += 1
-                blocks[who] += taken.blocked
-            if taken.new and taken.blocked:
+                past[who] = counted[0] + 1, counted[1] + blocked
+            if taken.new and blocked:
                 told = self._tell(client, taken, event, chunk.partition, int(self._known_s.values[who]))
                 if told is not None:
                     signals[told.second, told.tenant, told.key] = told
-            self._keep(client, key, who, moment_us)
-        for counter, column in ((prompts, self._prompts), (blocks, self._blocks)):
-            whose = np.fromiter(counter, np.int64, len(counter))
-            column.values[whose] += np.fromiter(counter.values(), np.uint32, len(counter))
+            flags[who] = self._keep(client, key, who, moment_us)
+        seen = np.fromiter(past, np.int64, len(past))
+        self._prompts.values[seen], self._blocks.values[seen] = np.array(list(past.values()), np.uint32).T
+        if flags:
+            seen = np.fromiter(flags, np.int64, len(flags))
+            self._flag.values[seen], self._awake_s.values[seen] = np.array(list(flags.values()), np.uint32).T
         return list(signals.values())
 
     def _suspected(self, who: int, now_s: int) -> Client:
@@ -158,17 +173,15 @@ class ProbingOne(StageOne):
         record, peak = self._record.values[who].tolist()
         return Client(usual=(prompts, blocks), usual_s=usual_s, since=since, record=record, peak=peak)
 
-    def _keep(self, client: Client, key: bytes, who: int, moment_us: int) -> None:
-        """In the table while there is evidence; else in columns."""
+    def _keep(self, client: Client, key: bytes, who: int, moment_us: int) -> tuple[int, int]:
+        """In the table while there is evidence; else in columns. Returns his flag, and from when it counts."""
         if client.suspected:
             self._suspects.put(key, moment_us, client)
-            self._flag.values[who] = UNDER_SUSPICION
-            self._awake_s.values[who] = min(client.awake_s, 2**32 - 1)
-            return
+            return UNDER_SUSPICION, min(client.awake_s, 2**32 - 1)
         self._suspects.drop(key)
-        self._flag.values[who] = 0
         self._usual.values[who] = (*client.usual, client.usual_s, client.since)
         self._record.values[who] = (client.record, client.peak)
+        return 0, 0
 
     def _learn(self, client: Client, now_s: int, counted: tuple[int, int]) -> None:
         """What has gone on for long, or for many prompts, is usual. Half of the evidence stays: it was against a client
@@ -185,7 +198,7 @@ class ProbingOne(StageOne):
             if suspicion is not None:
                 suspicion.sum /= 2
 
-    def _taken(self, client: Client, event: AuditEvent, moment_us: int, offset: int) -> Taken:
+    def _taken(self, client: Client, event: Text, moment_us: int, offset: int) -> Taken:
         """The request against what is remembered of the client's prompts."""
         prompt = prompt_of(event)
         new = not client.known.holds(prompt, self._config.same_prompt)
@@ -199,16 +212,14 @@ class ProbingOne(StageOne):
             client.retries = client.retries + 1 if rewording else 0
         retry = rewording and client.retries <= self._config.retries_max
         if new:
-            client.known.add(prompt, self._config.prompts_max)
+            client.known.add(prompt, self._config.prompts_max, self._config.same_prompt)
         if event.blocked:
             client.last_blocked, client.last_blocked_us = prompt, moment_us
         return Taken(moment_us, offset, event.event_id, event.session_id, event.blocked, new, retry)
 
     def _suspect(self, client: Client, taken: Taken, counted: tuple[int, int]) -> None:
         """The evidence after this request."""
-        gain = 0.0
-        if taken.new:
-            gain = self._gain(client.usual)[2 * taken.retry + taken.blocked]
+        gain = self._gain(client.usual)[2 * taken.retry + taken.blocked] if taken.new else 0.0
         client.whole = stepped(client.whole, taken, gain, self._half_life_us, self._sum_max)
         client.slow = slow_stepped(client.slow, taken, counted, self._config)
         if client.whole is not None:
@@ -233,7 +244,7 @@ class ProbingOne(StageOne):
             found = self._gains[usual] = gains(self._config, usual)
         return found
 
-    def _tell(self, client: Client, taken: Taken, event: AuditEvent, partition: int, known_s: int) -> Signal | None:
+    def _tell(self, client: Client, taken: Taken, event: Text, partition: int, known_s: int) -> Signal | None:
         """The session, else the user: what has most evidence over its bar."""
         raised = self._config.record_share * client.record
         session = client.sessions.get(event.session_id)

@@ -7,7 +7,7 @@ are, and the evidence against him has a ceiling (J. G. Skellam, J. R. Stat. Soc.
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from msgspec import Struct, field
 
@@ -33,7 +33,7 @@ SLOW_PROMPTS_MAX: Final = 100
 """After so many of them it begins anew: a client with so many prompts is judged by the fast evidence."""
 
 
-class Taken(NamedTuple):
+class Taken(Struct, gc=False):
     """A request, as far as the evidence goes."""
 
     moment_us: int
@@ -47,7 +47,7 @@ class Taken(NamedTuple):
     """Whether it is one of the first rewordings of what was blocked just before."""
 
 
-class Suspicion(Struct):
+class Suspicion(Struct, gc=False):
     """The evidence against a session or a user, since it was last zero."""
 
     sum: float = 0.0
@@ -74,7 +74,7 @@ class Suspicion(Struct):
                 self.samples = [*self.samples, (taken.moment_us, taken.event_id)]
 
 
-class Slow(Suspicion):
+class Slow(Suspicion, gc=False):
     """The same over weeks, of blocked requests and of those that it looked at; `sum` is the mixture's ratio."""
 
     past: tuple[int, int] = (0, 0)
@@ -86,7 +86,7 @@ class Slow(Suspicion):
     looks: int = 0
 
 
-class Client(Struct):
+class Client(Struct, gc=False):
     """The evidence against a user and his sessions; kept while there is any."""
 
     usual: tuple[int, int] = (0, 0)

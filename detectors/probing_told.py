@@ -13,12 +13,12 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from collector.event import AuditEvent
 from detectors.config import DetectConfig, ProbingConfig
 from detectors.detector import Alarm, StageTwo, contributors
 from detectors.finding import Entity, Statistic
 from detectors.probing_evidence import Client, Slow, Suspicion, rate
 from detectors.rollup import Cell, Signal
+from detectors.text import Text
 from detectors.time import SECOND_US
 
 NAME: Final = "probing"
@@ -38,7 +38,7 @@ class Place(Struct, frozen=True):
     """Whose evidence it is, and where it came from."""
 
     entity: Entity
-    event: AuditEvent
+    event: Text
     partition: int
     known_s: int
     """When the client was first seen."""

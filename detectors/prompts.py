@@ -15,12 +15,14 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-from collector.event import AuditEvent
+from detectors.text import Text
 
 SLOT_BYTES: Final = 4
+SLOT: Final = np.dtype("<u4")
+HEAD_BYTES: Final = 8
 
 
-class Prompt(Struct, frozen=True, array_like=True):
+class Prompt(Struct, frozen=True, array_like=True, gc=False):
     """What is kept of a prompt: about 350 bytes."""
 
     digest: str
@@ -29,7 +31,7 @@ class Prompt(Struct, frozen=True, array_like=True):
     """Little-endian uint32 slots; empty where there is none."""
 
 
-def prompt_of(event: AuditEvent) -> Prompt:
+def prompt_of(event: Text) -> Prompt:
     """The prompt of an event; a sketch that can't be read counts as none."""
     sketch = b""
     if event.minhash:
@@ -51,8 +53,8 @@ def seen_before(prompt: Prompt, known: Sequence[Prompt], same: float) -> bool:
     joined = b"".join(others)
     if not any(sketch[begin:end] in joined for begin, end in _bands(len(sketch) // SLOT_BYTES, same)):
         return False
-    slots = np.frombuffer(sketch, "<u4")
-    equal = np.count_nonzero(np.frombuffer(joined, "<u4").reshape(len(others), -1) == slots, axis=1)
+    slots = np.frombuffer(sketch, SLOT)
+    equal = np.count_nonzero(np.frombuffer(joined, SLOT).reshape(len(others), -1) == slots, axis=1)
     return bool(equal.max(initial=0) >= same * len(slots))
 
 
@@ -64,13 +66,15 @@ def _bands(slots: int, same: float) -> list[tuple[int, int]]:
     return list(pairwise(SLOT_BYTES * (slots * band // bands) for band in range(bands + 1)))
 
 
-class Known(Struct):
-    """The last prompts of a client, the newest last. Memory: as many as are kept, 350 bytes each."""
+class Known(Struct, gc=False):
+    """The last prompts of a client, the newest last. Memory: as many as are kept, 380 bytes each."""
 
     digests: list[str] = []
-    sketches: bytes = b""
+    sketches: bytearray = bytearray()
     """One after the other, all of one size."""
     slots: int = 0
+    heads: bytearray = bytearray()
+    """How each band of each sketch begins: a tenth of the memory to look through, and mostly the answer."""
 
     def holds(self, prompt: Prompt, same: float) -> bool:
         """`seen_before` of these."""
@@ -79,27 +83,43 @@ class Known(Struct):
         sketch = prompt.sketch
         if not sketch or len(sketch) != SLOT_BYTES * self.slots:
             return False
-        joined = self.sketches
-        if sketch in joined:
-            return True
-        if not any(sketch[begin:end] in joined for begin, end in _bands(self.slots, same)):
+        bands = _bands(self.slots, same)
+        if len(self.heads) * len(sketch) != len(self.sketches) * len(bands) * HEAD_BYTES:
+            self.heads = bytearray()
+            for at in range(0, len(self.sketches), len(sketch)):
+                self.heads += _heads(self.sketches[at : at + len(sketch)], bands)
+        heads = self.heads
+        for begin, end in bands:
+            if sketch[begin : min(end, begin + HEAD_BYTES)] in heads:
+                break
+        else:
             return False
-        equal = np.frombuffer(joined, "<u4").reshape(-1, self.slots) == np.frombuffer(sketch, "<u4")
+        equal = np.frombuffer(self.sketches, SLOT).reshape(-1, self.slots) == np.frombuffer(sketch, SLOT)
         return bool(np.count_nonzero(equal, axis=1).max(initial=0) >= same * self.slots)
 
-    def add(self, prompt: Prompt, limit: int) -> None:
+    def add(self, prompt: Prompt, limit: int, same: float) -> None:
         """Forgets the oldest beyond `limit`, and sketches of another size."""
-        self.digests = [*self.digests, prompt.digest][-limit:]
-        if not prompt.sketch:
+        self.digests.append(prompt.digest)
+        del self.digests[:-limit]
+        sketch = prompt.sketch
+        if not sketch:
             return
-        if len(prompt.sketch) != SLOT_BYTES * self.slots:
-            self.slots, self.sketches = len(prompt.sketch) // SLOT_BYTES, b""
-        self.sketches = (self.sketches + prompt.sketch)[-limit * len(prompt.sketch) :]
+        if len(sketch) != SLOT_BYTES * self.slots:
+            self.slots, self.sketches, self.heads = len(sketch) // SLOT_BYTES, bytearray(), bytearray()
+        heads = _heads(sketch, _bands(self.slots, same))
+        self.sketches += sketch
+        self.heads += heads
+        del self.sketches[: -limit * len(sketch)], self.heads[: -limit * len(heads)]
+
+
+def _heads(sketch: bytes | bytearray, bands: list[tuple[int, int]]) -> bytes:
+    cuts = [(begin, min(end, begin + HEAD_BYTES)) for begin, end in bands]
+    return b"".join([sketch[begin:end].ljust(HEAD_BYTES, b"\0") for begin, end in cuts])
 
 
 def likeness(one: Prompt, other: Prompt) -> float:
     """Share of equal slots: the estimated similarity. 0 where there are no sketches of one size."""
     if not one.sketch or len(one.sketch) != len(other.sketch):
         return 0.0
-    slots = np.frombuffer(one.sketch, "<u4") == np.frombuffer(other.sketch, "<u4")
+    slots = np.frombuffer(one.sketch, SLOT) == np.frombuffer(other.sketch, SLOT)
     return float(np.count_nonzero(slots)) / len(slots)

@@ -89,7 +89,7 @@ class TokenLengthOne(StageOne):
         tokens = columns.response_tokens // columns.choices
         prompt, limit = bits(columns.prompt_tokens), bits(columns.max_tokens)
         cells = Groups(rows, chunk.step[rows], columns.kind[rows], columns.adapter[rows], prompt[rows], limit[rows])
-        lengths, longest = cells.histograms(tokens), cells.largest(tokens, LONGEST)
+        lengths, longest = cells.histograms(tokens)[0], cells.largest(tokens, LONGEST)
         adapters = [columns.adapters[each] for each in cells.firsts(columns.adapter)]
         buckets = zip(cells.firsts(prompt), cells.firsts(limit), adapters, strict=True)
         told: list[Partial | Signal] = []
@@ -108,24 +108,20 @@ class TokenLengthOne(StageOne):
         seconds = Groups(mine, chunk.entity[mine], chunk.step[mine])
         steps = int(chunk.step[-1]) + 1
         code = chunk.entity[users.rows] * steps + chunk.step[users.rows]
-        begin = dict(zip(users.firsts(chunk.entity), users.starts.tolist(), strict=True))
+        shown = seconds.rows[seconds.starts]
+        entity, whose = chunk.entity[shown], chunk.entity[users.rows[users.starts]]
+        place = np.searchsorted(whose, entity)
+        so_far = np.searchsorted(code, entity * steps + chunk.step[shown], side="right") - users.starts[place]
         since = self._since.values
+        counts = so_far + since[entity]
+        again = np.flatnonzero(entity[1:] == entity[:-1]) + 1
+        counts[again] = so_far[again] - so_far[again - 1]
+        since[whose] = np.minimum(since[whose] + users.sizes, 2**31)
+        since[entity] = users.sizes[place] - so_far  # of a user told twice the last is written last, and stays
         due: dict[tuple[int, int], dict[str, int]] = {}
-        counted: dict[int, int] = {}
-        for row in seconds.firsts(np.arange(len(chunk))):
-            entity, second = int(chunk.entity[row]), int(chunk.second[row])
-            end = int(np.searchsorted(code, entity * steps + chunk.step[row], side="right"))
-            so_far = end - begin[entity]
-            count = so_far - counted[entity] if entity in counted else so_far + int(since[entity])
-            counted[entity] = so_far
-            weights = due.setdefault((second, int(chunk.columns.kind[row])), {})
-            weights[chunk.actor(row)] = count
-        sizes = dict(zip(begin, users.sizes.tolist(), strict=True))
-        entities = np.fromiter(begin, np.int64, len(begin))
-        totals = np.fromiter(sizes.values(), np.int64, len(sizes))
-        since[entities] = np.minimum(since[entities] + totals, 2**31)
-        for entity, so_far in counted.items():
-            since[entity] = sizes[entity] - so_far
+        columns = shown, chunk.second[shown], chunk.columns.kind[shown], counts
+        for row, second, kind, count in zip(*(column.tolist() for column in columns), strict=True):
+            due.setdefault((second, kind), {})[chunk.actor(row)] = count
         models = Groups(rows, chunk.step[rows], chunk.columns.kind[rows])
         kinds = models.firsts(chunk.columns.kind)
         return [

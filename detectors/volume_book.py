@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from detectors.chunk import bits
+from detectors.chunk import bits, in_order_of
 from detectors.columns import Floats, Ints
 from detectors.config import VolumeConfig
 from detectors.registry import Registry, Rows
@@ -87,8 +87,7 @@ class Book:
         return Added(merged, ((reached[0][0], reached[0][1]), (reached[1][0], reached[1][1])), above)
 
     def _within(self, begin: int, window: int, row: Rows, amounts: tuple[Ints, Ints]) -> Added:
-        order = np.argsort(row, kind="stable")
-        ordered = row[order]
+        order, ordered = in_order_of(row, int(row.max()) + 1)
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         who = ordered[starts]
         stale = who[self._window.values[who] != window]

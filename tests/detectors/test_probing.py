@@ -132,5 +132,5 @@ def test_what_is_known_of_prompts_says_what_comparing_them_all_says() -> None:
         prompt = Prompt(f"d{int(rng.integers(60))}", bytes(sketch) if number % 5 else b"")
         assert known.holds(prompt, 0.95) == seen_before(prompt, listed, 0.95)
         if not known.holds(prompt, 0.95):
-            known.add(prompt, 64)
+            known.add(prompt, 64, 0.95)
             listed = [*listed, prompt][-64:]
