@@ -36,6 +36,7 @@ GOAL = (
 SUBJECTS = ("the train to the coast", "our new office", "a birthday cake", "the tax form", "this Python script", "rain")
 VERBS = ("Explain", "Tell me more about", "Write two lines on", "What is good about", "Summarise what you know of")
 TEXTS = [f"{verb} {subject}, please, and keep it short." for verb in VERBS for subject in SUBJECTS]
+WORKER, BELOW, WHOLE = "one worker of two", "all but the keeper", "all, started again at once"
 SECONDS, ROUNDS, THREADS = 5.0, 5, 16
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -83,7 +84,10 @@ class Load:
             start_s = time.monotonic()
             results = self._stack.judge([("input", text), ("output", text)])
             end_s = time.monotonic()
-            self.done.append((end_s, end_s - start_s, tuple(result.error for result in results)))
+            errors = tuple(result.error for result in results)
+            self.done.append((end_s, end_s - start_s, errors))
+            if any(errors):
+                time.sleep(0.02)  # clients that are refused do not come back at once
 
 
 class Sidecar:
@@ -183,15 +187,15 @@ def rate(threads: int, cores: tuple[set[int], set[int]], seconds: float, rounds:
     }
 
 
-def killed(whole: bool, seconds: float = 4.0) -> dict[str, Any]:
-    """SIGKILL under load of one worker of two, or of all processes at once, which are then started again."""
+def killed(what: str, seconds: float = 4.0) -> dict[str, Any]:
+    """SIGKILL under load of a worker, of all but the keeper, or of all, which is then started again as by systemd."""
     with site(os.sched_getaffinity(0), workers=2) as (sidecar, stack), Load(stack, 8) as load:
         time.sleep(1)
-        victims = sidecar.pids if whole else sidecar.workers[:1]
+        victims = {WORKER: sidecar.workers[:1], BELOW: sidecar.pids[1:], WHOLE: sidecar.pids}[what]
         killed_s = time.monotonic()
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        if whole:
+        if what == WHOLE:
             sidecar.kill()
             sidecar.start()
         while time.monotonic() < killed_s + 20 and not (
@@ -203,7 +207,7 @@ def killed(whole: bool, seconds: float = 4.0) -> dict[str, Any]:
         time.sleep(max(0.0, seconds - back_s))
     wrong = [error for _, _, told in load.done for error in told if error]
     return {
-        "killed": "the whole sidecar" if whole else "one worker of two",
+        "killed": what,
         "back_s": back_s,
         "requests": load.asked,
         "lost": load.asked - len(load.done),
@@ -232,10 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sidecar on one core, server on the other": busy,
         "sidecar and server on one core": rate(THREADS, together, options.seconds, options.rounds),
         "one request at a time": rate(1, apart, options.seconds, 2),
-        "worker killed": killed(whole=False),
-        "sidecar killed": killed(whole=True),
+        **{f"killed: {what}": killed(what) for what in (WORKER, BELOW, WHOLE)},
     }
-    kills = [figures["worker killed"], figures["sidecar killed"]]
+    kills = [figures[f"killed: {what}"] for what in (WORKER, BELOW, WHOLE)]
     kept = all(
         each["lost"] == 0 and each["back_s"] <= 5 and each["longest_request_ms"] <= each["deadline_ms"]
         for each in kills
