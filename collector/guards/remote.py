@@ -28,6 +28,7 @@ from collector.guards.sidecar_socket import peer_uid
 from collector.guards.wire import (
     ANSWER_BYTES_MAX,
     BAD_BODY,
+    BUDGET_MS_MAX,
     NONCE_BYTES,
     PROTOCOL,
     Answer,
@@ -230,13 +231,13 @@ class Sidecar:
         while not self._closed.is_set():
             try:
                 with self._connected() as sock:
-                    tries = 0
                     self._read(sock)
             except (OSError, Garbled, SidecarAway, *BAD_BODY) as problem:
-                if self._link is None and tries == 0:
-                    log.warning("the guards' sidecar is away", at=self.config.place, error=type(problem).__name__)
-                elif self._link is not None:
-                    log.warning("the guards' sidecar was lost", at=self.config.place, error=type(problem).__name__)
+                lost, tries = self._link is not None, 0 if self._link is not None else tries
+                if tries == 0 and not self._closed.is_set():
+                    what = "the guards' sidecar was lost" if lost else "the guards' sidecar is away"
+                    why = str(problem) if isinstance(problem, SidecarAway) else type(problem).__name__
+                    log.warning(what, at=self.config.place, why=why)
             link, self._link = self._link, None
             if link is not None:
                 link.close()
@@ -257,8 +258,7 @@ class Sidecar:
             raise
         if peer_uid(sock) not in (os.geteuid(), 0):
             sock.close()
-            log.error("the guards' sidecar is another user's and is not asked", at=config.place)
-            raise SidecarAway
+            raise SidecarAway("another user listens there")
         return sock
 
     def _read(self, sock: socket.socket) -> NoReturn:
@@ -271,8 +271,7 @@ class Sidecar:
         sock.sendall(frame(0, encode(Hello(PROTOCOL, nonce, proof(self._token, b"client", greeting, nonce)))))
         welcome = welcome_of(next(words)[1])
         if not hmac.compare_digest(welcome.proof, proof(self._token, b"sidecar", greeting, nonce)):
-            log.error("the guards' sidecar does not know the token and is not asked", at=self.config.place)
-            raise SidecarAway
+            raise SidecarAway("it does not know the token")
         self._learn({told.name: told for told in welcome.guards})
         link = _Link(sock, welcome.frame_bytes_max)
         sock.settimeout(None)
@@ -360,7 +359,8 @@ class RemoteGuard:
         policy = self._policy
         longest = max((len(text.text) for text in texts), default=0)
         # A little less than the stack waits: a thread that comes back late counts as hung there.
-        budget_ms = 0.95 * (policy.deadline_ms + policy.deadline_ms_per_kchar * longest / 1000)
+        deadline_ms = policy.deadline_ms + policy.deadline_ms_per_kchar * longest / 1000
+        budget_ms = min(0.95 * deadline_ms, BUDGET_MS_MAX)
         until_s = time.monotonic() + budget_ms / 1000
         reads = self.reads
         answers = self._sidecar.ask([_ask(self.name, budget_ms, text, reads) for text in texts], until_s)
@@ -415,7 +415,7 @@ def _words(sock: socket.socket) -> Iterator[tuple[int, bytes]]:
     frames = Frames(ANSWER_BYTES_MAX)
     while data := sock.recv(_RECEIVE_BYTES):
         yield from frames.feed(data)
-    raise SidecarAway
+    raise SidecarAway("the connection was closed")
 
 
 def _writable(sock: socket.socket, timeout_s: float) -> bool:

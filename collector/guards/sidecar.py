@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 _PAUSE_S: Final = 0.5
 """Between two fronts of which the first lived no longer."""
 _SENTENCE_BYTES_MAX: Final = 4096
+_STOPS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Keeper:
@@ -33,11 +34,12 @@ class _Keeper:
     def __init__(self, config: GuardsConfig, listener: socket.socket) -> None:
         self._config, self._listener = config, listener
         self._front, self._stopping = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOPS:
             signal.signal(number, self._stop)
 
     def run(self) -> None:
         """Until told to stop. Raises GuardRefused where the front refuses."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # none comes between the look and the fork
         while not self._stopping:
             began_s = time.monotonic()
             told, its = os.pipe()
@@ -46,6 +48,7 @@ class _Keeper:
                 os.close(told)
                 self._be_front(its)
             os.close(its)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             with os.fdopen(told, "rb") as refusal:
                 said = refusal.read(_SENTENCE_BYTES_MAX).decode("utf-8", "replace")
             _, status = os.waitpid(self._front, 0)
@@ -54,6 +57,7 @@ class _Keeper:
             if not self._stopping:
                 log.error("the sidecar's front ended and is started again", status=os.waitstatus_to_exitcode(status))
                 time.sleep(_PAUSE_S if time.monotonic() - began_s < _PAUSE_S else 0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
     def _stop(self, number: int, _: object) -> None:
         self._stopping = True
@@ -64,6 +68,9 @@ class _Keeper:
         status = 1
         try:
             end_with_parent()
+            for number in _STOPS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             serve(self._config, self._listener)
             status = 0
         except GuardRefused as refused:

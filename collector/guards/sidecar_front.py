@@ -33,6 +33,7 @@ _SWEEP_S: Final = 0.1
 _BATCH_S: Final = 0.02
 """A worker is given texts for about so long at once."""
 _COST_SHARE: Final = 0.1
+_TELL_S: Final = 1.0
 
 
 def _failed(error: str) -> bytes:
@@ -61,16 +62,24 @@ class Front:
         self._number = 0
         self._cost_s: dict[str, float] = {}
         self._refused = ""
+        self._told_s: dict[str, float] = {}
 
     def admits(self, sock: socket.socket) -> bool:
         """Whether a connection is taken: there is room, and its user is ours or root."""
         if len(self.clients) >= self.config.connections_max:
-            log.warning("the sidecar turns a client away: connections_max are there")
+            self.tell("connections_max are there")
             return False
         if sock.family == socket.AF_UNIX and peer_uid(sock) not in (os.geteuid(), 0):
-            log.warning("the sidecar turns another user away")
+            self.tell("another user")
             return False
         return True
+
+    def tell(self, why: str) -> None:
+        """Log that a client is turned away, once a second for each reason: whoever knocks must not fill the log."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._told_s.get(why, -_TELL_S) >= _TELL_S:
+            self._told_s[why] = now_s
+            log.warning("the sidecar turns a client away", why=why)
 
     def welcome(self, known: bytes = b"") -> Welcome:
         """What there is."""

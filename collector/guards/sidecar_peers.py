@@ -133,7 +133,7 @@ class Client(asyncio.Protocol):
 
     def _turn_away(self, why: str) -> None:
         if self._transport is not None:
-            log.warning("the sidecar closes a connection", why=why)
+            self._front.tell(why)
             self._transport.abort()
             self._transport = None
 

@@ -22,6 +22,7 @@ HELLO_BYTES_MAX: Final = 4_096
 ANSWER_BYTES_MAX: Final = 1_048_576
 """What a sidecar may send in one frame."""
 NONCE_BYTES: Final = 16
+BUDGET_MS_MAX: Final = 3_600_000
 
 Nonce = Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -87,7 +88,7 @@ class AskHead(Struct, frozen=True, array_like=True, gc=False):
     """What the sidecar itself reads of a question."""
 
     guard: Word
-    budget_ms: Annotated[float, Meta(ge=0, le=3_600_000)]
+    budget_ms: Annotated[float, Meta(ge=0, le=BUDGET_MS_MAX)]
 
 
 class Ask(Struct, frozen=True, array_like=True, gc=False):

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from collector.event import Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.stack import GuardStack
 from tests.collector.guards.sidecars import children
@@ -162,16 +163,20 @@ def rate(threads: int, cores: tuple[set[int], set[int]], seconds: float, rounds:
     with site(sidecar_cores) as (sidecar, stack):
         os.sched_setaffinity(0, server_cores)
         wall, per_cpu, server, latencies = [], [], [], list[float]()
+        front, workers = [], []
         errors = 0
         try:
             for _ in range(rounds):
                 start_s, used_s, own_s = time.monotonic(), cpu_s(sidecar.pids), time.process_time()
+                front_s, workers_s = cpu_s(sidecar.pids[1:2]), cpu_s(sidecar.workers)
                 with Load(stack, threads) as load:
                     time.sleep(seconds)
                 took_s, verdicts = time.monotonic() - start_s, 2 * len(load.done)
                 errors += sum(any(told) for _, _, told in load.done)
                 wall.append(verdicts / took_s)
                 per_cpu.append(verdicts / (cpu_s(sidecar.pids) - used_s))
+                front.append((cpu_s(sidecar.pids[1:2]) - front_s) / verdicts * 1e6)
+                workers.append((cpu_s(sidecar.workers) - workers_s) / verdicts * 1e6)
                 server.append((time.process_time() - own_s) / verdicts * 1e6)
                 latencies += [latency for _, latency, _ in load.done]
         finally:
@@ -181,10 +186,24 @@ def rate(threads: int, cores: tuple[set[int], set[int]], seconds: float, rounds:
         "threads": threads,
         "verdicts_per_s": summary(wall),
         "verdicts_per_cpu_s_of_the_sidecar": summary(per_cpu),
+        "front_cpu_us_per_verdict": summary(front),
+        "worker_cpu_us_per_verdict": summary(workers),
         "server_cpu_us_per_verdict": summary(server),
         "request_ms_p50_p99": [cuts[49] * 1000, cuts[98] * 1000],
         "errors": errors,
     }
+
+
+def guards_alone() -> float:
+    """CPU microseconds of a verdict of the guards themselves, called in this process."""
+    stages: tuple[tuple[str, Stage], ...] = (("injection", "input"), ("secrets", "output"))
+    guards = [(GuardsConfig().policy(name).build(), stage) for name, stage in stages]
+    start_s = time.process_time()
+    for _ in range(20):
+        for text in TEXTS:
+            for guard, stage in guards:
+                guard.judge(text, stage)
+    return (time.process_time() - start_s) / (20 * len(TEXTS) * len(guards)) * 1e6
 
 
 def killed(what: str, seconds: float = 4.0) -> dict[str, Any]:
@@ -254,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
+        "guards_alone_us_per_verdict": guards_alone(),
         "text_bytes": statistics.mean(len(text) for text in TEXTS),
         "figures": figures,
         "goals": [

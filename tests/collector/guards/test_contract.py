@@ -66,6 +66,11 @@ def well_formed(guard: Guard, judgement: Judgement) -> bool:
     )
 
 
+def test_what_it_can_judge_is_known_before_it_is_built(policy: GuardPolicy, guard: Guard) -> None:
+    """So a server can start while its sidecar is away."""
+    assert policy.able == guard.stages
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_judged(guard: Guard, kind: str) -> None:
     """Any string gets a judgement, at every stage, and the same one twice."""
