@@ -100,7 +100,7 @@ class Site:
         self.proxy_key, proxy_id, proxy = new_api_key(user="proxy", on_behalf=True)
         policy = SecretsConfig(stages=frozenset(Watch.stages))
         order = ("secrets",) if guarded else ()
-        guards = GuardStack(GuardsConfig(order=order, secrets=policy), guards={"secrets": Watch()})
+        guards = GuardStack(GuardsConfig(order=order, secrets=policy, cache_entries=0), guards={"secrets": Watch()})
         self.auditor = Auditor(
             self.publisher,  # type: ignore[arg-type]  # the recorder has what the auditor calls
             guards,

@@ -113,7 +113,8 @@ class Front:
     ) -> None:
         self.publisher, self.guard = Recorder(), Switch(stages)
         self.key, key_id, table = new_api_key(user="alice")
-        config = GuardsConfig(order=("secrets",) if stages else (), secrets=SecretsConfig(stages=stages or INPUT))
+        policy = SecretsConfig(stages=stages or INPUT)
+        config = GuardsConfig(order=("secrets",) if stages else (), secrets=policy, cache_entries=0)
         guards = GuardStack(config, guards={"secrets": self.guard})
         self.guard.saw.clear()
         identity = Identity(keys=KeyRing({key_id: table}), pseudonyms={"default": Pseudonyms(bytes(range(32)))})

@@ -223,7 +223,7 @@ def server(broker: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     def stack(_config: GuardsConfig) -> GuardStack:
         policy = SecretsConfig(stages=frozenset(SwitchGuard.stages))
-        return GuardStack(GuardsConfig(order=("secrets",), secrets=policy), guards={"secrets": guard})
+        return GuardStack(GuardsConfig(order=("secrets",), secrets=policy, cache_entries=0), guards={"secrets": guard})
 
     collector.startup.GuardStack = stack  # type: ignore[assignment,misc]  # a guard that the tests can turn
     loop = asyncio.new_event_loop()

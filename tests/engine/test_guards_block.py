@@ -133,5 +133,5 @@ def test_a_retrieved_chunk_is_taken_out_or_blocks(
             continue
         assert (answer.status_code, event.status, event.chunks_removed) == (200, "ok", 1)
         assert [r.decision for r in event.guardrail_results if r.stage == "retrieved"] == ["block"]
-        assert server.guard.saw[-2] == ("input", "Read [removed by policy] and answer.")
+        assert ("input", "Read [removed by policy] and answer.") in server.guard.saw
         assert event.view == "messages"
