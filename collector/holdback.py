@@ -1,13 +1,12 @@
 """How much of an answer may go out while guards still judge the rest: a window that follows the stream.
 
-Pure. The answer's last `chars` characters stay behind, and what is let go lies in a window that was judged with at
-least so many characters after it. Windows overlap by `chars` before what is let go, so everything of up to `chars`
-characters is judged in one piece before any of it leaves, wherever the pieces of the stream part it. A run of visible
+Pure. The answer's last `chars` characters stay behind: what is let go lies in a window that was judged with at least
+so many characters after it, and the next window begins where that one let go. So everything of up to `chars` characters
+is judged in one piece before any of it leaves, wherever the pieces of the stream part it. A run of visible
 ASCII without a blank, such as a key, is neither judged nor let go in part, up to `RUN_CHARS_MAX`.
 
 An answer can hold several texts: choices, reasoning, the arguments of tool calls. A text that has stopped growing is
-judged to its end, and what came after it in its choice counts as what came after. Memory: what is not let go, and the
-overlap.
+judged to its end, and what came after it in its choice counts as what came after. Memory: what is not let go.
 """
 
 from collections.abc import Hashable, Iterable
@@ -66,7 +65,7 @@ class HoldBack:
 
     def __init__(self, chars: int, *, slack: int = 0) -> None:
         self._chars, self._slack = chars, slack
-        self._step = max(STEP_CHARS_MIN, chars // 4)
+        self._step = max(STEP_CHARS_MIN, chars // 2)
         self._texts: dict[Hashable, _Text] = {}
         self._grown: dict[int, int] = {}
         """By group: characters so far."""
@@ -109,7 +108,7 @@ class HoldBack:
         return found
 
     def rest(self) -> list[str]:
-        """At the end of the answer: what was not judged to its end, with its overlap."""
+        """At the end of the answer: what was not judged to its end, from where it was let go."""
         return [text.kept for text in self._texts.values() if text.judged < text.end]
 
     def pass_(self) -> None:
@@ -117,9 +116,7 @@ class HoldBack:
         for text in self._texts.values():
             idle = self._grown[text.group] - text.grown_at
             text.safe = max(text.safe, text.edge(text.judged - max(0, self._chars - idle)))
-            cut = text.edge(text.safe - self._chars) - text.start
-            if cut > 0:
-                text.kept, text.start = text.kept[cut:], text.start + cut
+            text.kept, text.start = text.kept[text.safe - text.start :], text.safe
 
     def free(self, marks: Iterable[Mark]) -> bool:
         """Whether what reaches to these places may go out."""

@@ -113,8 +113,8 @@ class Guard(Protocol):
 class WindowGuard(Guard, Protocol):
     """A guard that can judge an answer in pieces while it comes; every other guard is given answers whole.
 
-    What it would block in an answer it blocks in any piece of it that holds `window_chars` characters before and after.
-    Runs of visible ASCII without a blank are not parted for it, up to 8,192 characters.
+    What it would block in an answer is at most `window_chars` long, and is blocked in any piece that holds it whole and
+    begins at a run's beginning. Runs of visible ASCII without a blank are not parted for it, up to 8,192 characters.
     """
 
     @property

@@ -6,9 +6,9 @@
 All servers run side by side: bare; the audit with the digest of the weights, which is what there is of an integrity
 check; the injection classifier beside it; with it secrets and PII, streams a window behind; the same with streams held
 whole; and with the leakage guard, which needs the whole answer. `engine` is real vLLM on the tiny model, `standin` the
-same app with an engine that answers at once, so that microseconds show. A round is one batch to each server, in changing
-order; ratios are within a round, the medians of rounds are the figures. Prompts are never the same, so no judgement is
-kept. There is no router sanitizer. The last line printed is one JSON object.
+same app with an engine that answers at once, so that microseconds show. A round is one batch to each server, in
+changing order; ratios are within a round, the medians of rounds are the figures. Prompts are never the same, so no
+judgement is kept. There is no router sanitizer. The last line printed is one JSON object.
 """
 
 import argparse
@@ -93,8 +93,9 @@ def servers(part: str, folder: Path, names: Sequence[str]) -> Iterator[list[Serv
                     )
                 )
             made.append(Server(name, started[-1], port, api_key))
-            made[-1].wait_ready()
-            print(f"{part}: {name} is up", file=sys.stderr, flush=True)
+        for server in made:
+            server.wait_ready()
+            print(f"{part}: {server.name} is up", file=sys.stderr, flush=True)
         yield made
     finally:
         for process in started:
@@ -225,7 +226,7 @@ def goals(parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each figure that has a goal; what was not run has measured null."""
     rows = []
     for name, goal in GOALS.items():
-        measured = parts["engine"][name]["answer"]["rate_of_bare"]["median"] if "engine" in parts else None
+        measured = parts.get("engine", {}).get(name, {}).get("answer", {}).get("rate_of_bare", {}).get("median")
         met = measured is not None and measured >= goal
         rows.append({"figure": f"{name}, throughput of bare", "goal": f"≥ {goal}", "measured": measured, "met": met})
     return rows
@@ -236,13 +237,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the object alone on one line")
     parser.add_argument("--only", choices=sorted(SHAPES), help="one part")
+    parser.add_argument(
+        "--servers", nargs="*", choices=sorted(SETUPS), default=list(SETUPS), help="beside the bare one"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=60, help="a batch")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)  # noqa: S311 - repeatable prompts, no secret
     chosen = [arguments.only] if arguments.only else sorted(SHAPES)
-    parts = {part: run_part(part, list(SETUPS), arguments.rounds, arguments.requests, draw) for part in chosen}
+    names = [name for name in SETUPS if name == "bare" or name in arguments.servers]
+    parts = {part: run_part(part, names, arguments.rounds, arguments.requests, draw) for part in chosen}
     told = {"benchmark": "overhead", "seed": arguments.seed, "rounds": arguments.rounds, "parts": parts}
     told["goals"] = goals(parts)
     told["router_sanitizer"] = "not built"

@@ -69,7 +69,7 @@ def test_a_late_block_ends_the_stream(
     """What was judged has left and is counted; the engine stops, every choice ends with `content_filter`."""
     before = server.mark()
     monkeypatch.setattr(server.guard, "window_chars", 32)
-    monkeypatch.setattr(server.guard, "passes", 30)
+    monkeypatch.setattr(server.guard, "passes", 12)
     answer = web.post(CHAT, json=chat(stream=True, max_tokens=1_500, n=n))
     (event,) = server.settled(1, before)
     texts, ends = streamed(answer)
