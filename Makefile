@@ -57,7 +57,7 @@ format: .venv/.made ## rewrite the files as ruff would have them
 
 bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchmarks.md)
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
-	  python=.venv/bin/python; [ $$name = collector ] && python=.venv-engine/bin/python; $$python -m tests.bench.$$name --json; done
+	  python=.venv/bin/python; case $$name in collector|overhead) python=.venv-engine/bin/python;; esac; $$python -m tests.bench.$$name --json; done
 
 soak-short: .venv/.made ## tests marked long, 2,000 simulated schedules, the crash battery of 22 rounds
 	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors
