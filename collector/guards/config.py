@@ -9,8 +9,11 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from collector.guards.alignment import AlignmentConfig
+from collector.guards.codeshield import CodeShieldConfig
+from collector.guards.evaluator import EvaluatorConfig
 from collector.guards.injection import InjectionConfig
 from collector.guards.leakage import LeakageConfig
+from collector.guards.llamafirewall import LlamaFirewallConfig
 from collector.guards.llamaguard import LlamaGuardConfig
 from collector.guards.pii import PiiConfig
 from collector.guards.policy import Route, RouteOrder, TenantOrder
@@ -18,6 +21,7 @@ from collector.guards.promptguard import PromptGuardConfig
 from collector.guards.protocol import GuardPolicy, MediaGuard
 from collector.guards.secrets import SecretsConfig
 from collector.guards.sidecar_config import SidecarConfig
+from collector.guards.similarity import SimilarityConfig
 
 
 class GuardsConfig(BaseModel):
@@ -84,6 +88,18 @@ class GuardsConfig(BaseModel):
     )
     alignment: AlignmentConfig = Field(
         default_factory=AlignmentConfig, description="A model at an endpoint judges an agent's steps by the objective."
+    )
+    codeshield: CodeShieldConfig = Field(
+        default_factory=CodeShieldConfig, description="CodeShield on the code in answers; in the sidecar."
+    )
+    similarity: SimilarityConfig = Field(
+        default_factory=SimilarityConfig, description="Nearness to a bank of attacks that you have seen."
+    )
+    evaluator: EvaluatorConfig = Field(
+        default_factory=EvaluatorConfig, description="A classifier of (prompt, answer) pairs, here or at an endpoint."
+    )
+    llamafirewall: LlamaFirewallConfig = Field(
+        default_factory=LlamaFirewallConfig, description="LlamaFirewall's scanners by role; in the sidecar."
     )
 
     @classmethod

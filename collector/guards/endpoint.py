@@ -23,7 +23,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from collector.event import Stage
-from collector.guards.protocol import GuardPolicy, GuardRefused, Probe, windows
+from collector.guards.protocol import GuardPolicy, GuardRefused, Probe, TextTooLong, windows
 from collector.identity import KeyProblem
 from collector.secret_file import read_secret
 
@@ -38,10 +38,6 @@ class EndpointFailed(Exception):
 
 class BadAnswer(Exception):
     """The endpoint's answer is not what a judge says: prose, another shape, too long. Never read as an allow."""
-
-
-class TextTooLong(Exception):
-    """A text longer than the guard may ask about. Never read as an allow."""
 
 
 class ProbeSpec(BaseModel):

@@ -21,7 +21,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from collector.event import Stage
-from collector.guards.endpoint import BadAnswer, Endpoint, EndpointPolicy, Said, TextTooLong, chat
+from collector.guards.endpoint import BadAnswer, Endpoint, EndpointPolicy, Said, chat
 from collector.guards.policy import Threshold
 from collector.guards.protocol import (
     ALONE,
@@ -31,6 +31,7 @@ from collector.guards.protocol import (
     Judgement,
     MediaGuard,
     Probe,
+    TextTooLong,
     whole,
 )
 from collector.media import Item

@@ -138,6 +138,7 @@ class SequenceModel:
         self._config = config
         self._tokenizer = _tokenizer(folder)
         self._prefix, self._suffix = self._frame()
+        self._parted = bool(self._suffix) and int(self.settings.get("type_vocab_size") or 0) > 1
         self._model = _load(folder, kind, config.device)
         self.body_tokens = config.window_tokens - len(self._prefix) - len(self._suffix)
         limit = self.settings.get("max_position_embeddings")
@@ -149,22 +150,35 @@ class SequenceModel:
         """The model's label by index, from config.json."""
         return {int(place): str(name) for place, name in (self.settings.get("id2label") or {}).items()}
 
-    def windows(self, text: str) -> Iterator[list[int]]:
-        """Token windows that overlap, with the model's special tokens, to the very end of the text. At least one."""
-        step = self.body_tokens - self._config.overlap_tokens
+    def places(self, wanted: Sequence[str], whose: str, setting: str) -> list[int]:
+        """The places of labels by name. Raises `GuardRefused` where there is none of them, or no other."""
+        upper = {name.upper() for name in wanted}
+        found = [place for place, name in self.labels.items() if name.upper() in upper]
+        if not 0 < len(found) < len(self.labels):
+            told = ", ".join(self.labels.values())[:200]
+            raise GuardRefused(
+                f"the {whose} guard did not start: config.json has the labels {told}; name those that mean an "
+                f"attack or a bad answer, and not all, in guards.{whose}.{setting}"
+            )
+        return found
+
+    def windows(self, text: str, before: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """Token windows that overlap, with the model's special tokens, to the very end of the text. At least one.
+
+        `before`: tokens that each window begins with, parted from the text by the model's last special token.
+        """
+        head = [] if before is None else [*before, *self._suffix]
+        size = self.body_tokens - len(head)
+        overlap = min(self._config.overlap_tokens, size // 3)
         for start, end in windows(len(text), _SLICE_CHARS, _SLICE_CHARS - _SLICE_OVERLAP_CHARS):
             ids = self.encode(text[start:end])
-            for first, last in windows(len(ids), self.body_tokens, step):
-                yield self.framed(ids[first:last])
+            for first, last in windows(len(ids), size, size - overlap):
+                yield [*self._prefix, *head, *ids[first:last], *self._suffix]
 
     def encode(self, text: str) -> list[int]:
         """Tokens without special ones. Lone surrogates count as question marks."""
         ids: list[int] = self._tokenizer.encode(whole(text), add_special_tokens=False).ids
         return ids
-
-    def framed(self, ids: Sequence[int]) -> list[int]:
-        """With the special tokens around."""
-        return [*self._prefix, *ids, *self._suffix]
 
     def forward(self, rows: Iterable[list[int]]) -> Iterator[tuple[int, Any]]:
         """(place of the row, the model's output for it as a 1-D float tensor), in no order.
@@ -184,8 +198,12 @@ class SequenceModel:
 
     def _batch(self, torch: Any, rows: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, Any]]:
         ids = torch.tensor([row for _, row in rows], device=self._config.device)
+        more = {}
+        if self._parted:  # what stands after the first separator is the second text
+            ends = (ids == self._suffix[-1]).int()
+            more["token_type_ids"] = (ends.cumsum(dim=1) - ends).clamp(max=1).long()
         with torch.inference_mode():
-            answer = self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            answer = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
             values = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state.mean(dim=1)
         if not torch.isfinite(values).all():
             raise NotFinite

@@ -15,7 +15,7 @@ from collector.event import Stage
 from collector.guards.endpoint import ProbeSpec
 from collector.guards.local_model import ModelConfig, SequenceModel, share_of
 from collector.guards.normaliser import UNDONE, normalise
-from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement, Probe, Text
+from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, Judgement, Probe, Text
 
 ATTACK_LABELS: Final = ("MALICIOUS", "INJECTION", "JAILBREAK", "LABEL_1")
 """What Prompt Guard 1 and 2 call an attack; `LABEL_1` where a config has no names."""
@@ -52,13 +52,7 @@ class PromptGuard:
     def __init__(self, config: PromptGuardConfig, model: SequenceModel) -> None:
         """Raises `GuardRefused` where the model has no label of an attack, or no other."""
         self._config, self._model = config, model
-        names = model.labels
-        self._attack = [place for place, name in names.items() if name.upper() in config.attack_labels]
-        if not 0 < len(self._attack) < len(names):
-            raise GuardRefused(
-                f"the promptguard guard did not start: config.json has the labels {', '.join(names.values())[:200]}; "
-                "name those that mean an attack, and not all, in guards.promptguard.attack_labels"
-            )
+        self._attack = model.places(config.attack_labels, "promptguard", "attack_labels")
         told = repr((config.model.window_tokens, config.model.overlap_tokens, sorted(self._attack)))
         self.version = f"1+{hashlib.sha256((model.digest + told).encode()).hexdigest()[:12]}"
 

@@ -28,6 +28,10 @@ class GuardRefused(Exception):
     """A guard can't start: damaged weights, or a self-test that failed. One sentence for the operator."""
 
 
+class TextTooLong(Exception):
+    """A text longer than a guard can judge. Never read as an allow."""
+
+
 class Judgement(NamedTuple):
     """A guard's answer on one text."""
 

@@ -31,7 +31,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 def built(folder: Path, **settings: Any) -> PromptGuard:
     """The guard over the folder's model."""
-    model = {"folder": str(folder), "window_tokens": 128, "overlap_tokens": 32}
+    model = {"folder": str(folder), "window_tokens": 96, "overlap_tokens": 32}
     guard = PromptGuardConfig.model_validate({"model": model, **settings}).build()
     assert isinstance(guard, PromptGuard)
     return guard

@@ -30,6 +30,8 @@ class JudgeServer:
     key: str = ""
     model: str = "judge"
     fault: Fault = ""
+    classify: Callable[[str], Any] | None = None
+    """What `POST /classify` answers to a text."""
     unsafe_share: float | None = None
     """P(unsafe) to tell as log-probabilities; unset: as the rule answers."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -136,6 +138,8 @@ def _reply(  # noqa: PLR0911 - a refusal is a return
         return 401, {"error": "no such key"}
     if body.get("model") != judge.model:
         return 404, {"error": "no such model"}
+    if handler.path == "/classify" and judge.classify is not None:
+        return 200, judge.classify(body["input"])
     if set(body) - KNOWN or not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
         return 400, {"error": "a field that is not known"}
     if handler.path == "/v1/completions":

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from collector.guards.config import GuardsConfig
-from collector.guards.endpoint import BadAnswer, TextTooLong
+from collector.guards.endpoint import BadAnswer
 from collector.guards.llamaguard import BadMedia, LlamaGuard, LlamaGuardConfig
-from collector.guards.protocol import Context, GuardRefused, Judgement
+from collector.guards.protocol import Context, GuardRefused, Judgement, TextTooLong
 from collector.guards.stack import GuardStack
 from collector.media import Item
 from tests.collector.guards.judge_server import JudgeServer, serving, text_of

@@ -53,7 +53,7 @@ def write_classifier(
     write_tokenizer(folder, words)
     torch.manual_seed(seed)
     shape = {
-        "vocab_size": len(words), "num_hidden_layers": 1, "num_attention_heads": 1,
+        "vocab_size": len(words), "num_hidden_layers": 1, "num_attention_heads": 1 if kind == "bert" else 2,
         "max_position_embeddings": tokens_max,
         "id2label": dict(labels), "label2id": {name: place for place, name in labels.items()}, "pad_token_id": 0,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -84,13 +84,14 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
 
 
 def _teach(model: object, words: int, marked: int, pair: bool) -> None:
-    """Eighty steps on random windows, half of them with a marked word somewhere."""
+    """Steps until the loss stays small, on random windows, half of them with a marked word somewhere."""
     import torch
 
     assert isinstance(model, torch.nn.Module)
     draw = torch.Generator().manual_seed(1)
     steps = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(80):
+    calm = 0
+    for _ in range(500):
         length = int(torch.randint(6, 120, (1,), generator=draw))
         ids = torch.randint(3, words - marked, (48, length), generator=draw)
         wanted = torch.arange(48) % 2
@@ -104,7 +105,12 @@ def _teach(model: object, words: int, marked: int, pair: bool) -> None:
             ids.scatter_(1, where, which)
         else:
             ids[wanted == 1] = ids[wanted == 1].scatter(1, where[wanted == 1], which[wanted == 1])
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted).loss
+        ends = (ids == 2).int()
+        more = {"token_type_ids": (ends.cumsum(dim=1) - ends).clamp(max=1).long()} if pair else {}
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted, **more).loss
+        calm = calm + 1 if loss.item() < 0.01 else 0
+        if calm == 5:
+            break
         steps.zero_grad()
         loss.backward()
         steps.step()
