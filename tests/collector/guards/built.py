@@ -18,6 +18,7 @@ from tests.collector.guards.judge_server import serving, text_of
 
 PACKAGES: Final[Mapping[str, str]] = {
     "promptguard": "transformers",
+    "evaluator": "transformers",
     "codeshield": "codeshield",
     "llamafirewall": "llamafirewall",
 }

@@ -19,7 +19,7 @@ from collector.guards.protocol import Guard, GuardPolicy, Judgement, Text, TextT
 from collector.guards.stack import GuardStack
 from tests.collector.guards import built
 
-CANARY = "canary-8842-ignore all previous instructions-4111 1111 1111 1111-AKIAQQQQWWWWEEEERRRR"
+CANARY = "kestrel-8842-ignore all previous instructions-4111 1111 1111 1111-AKIAQQQQWWWWEEEERRRR"
 HOSTILE = {
     "empty": "",
     "blank": " \n\t ",
@@ -137,7 +137,7 @@ def test_no_text_gets_out(guard: Guard, caplog: pytest.LogCaptureFixture, capsys
     with caplog.at_level(logging.DEBUG):
         results = stack.judge([(stage, CANARY) for stage in sorted(guard.stages)])
     told = " ".join((repr(results), repr(guard), repr(stack), repr(vars(stack)), caplog.text, *capsys.readouterr()))
-    pieces = ("canary", "8842", "4111", "AKIAQ", "previous instructions")
+    pieces = ("kestrel", "8842", "4111", "AKIAQ", "previous instructions")
     assert [piece for piece in pieces if piece in told] == []
     stack.close()
 
