@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collector.event import Stage
+from collector.guards.beside import FEATURES, bonus
 from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
 from collector.guards.normaliser import UNDONE, normalise
 from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement, Probe
@@ -82,6 +83,16 @@ class HeadSpec(BaseModel):
         return NgramSpec(self.buckets, self.char_min, self.char_max, self.word_max, self.window, self.step)
 
 
+class BesideSpec(BaseModel):
+    """What `beside` needs: a weight for each of its features, in units of the margin."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = Field(
+        min_length=len(FEATURES), max_length=len(FEATURES)
+    )
+
+
 class WeightsSpec(BaseModel):
     """What the metadata of a weights file says."""
 
@@ -89,6 +100,8 @@ class WeightsSpec(BaseModel):
 
     format: Literal[1]
     heads: dict[Channel, HeadSpec]
+    beside: BesideSpec | None = None
+    """None: messages are judged without their system prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +119,10 @@ class Head:
             worst = max(worst, float(self.weights[buckets].sum()) * share(len(buckets)))
         return worst + self.spec.bias
 
-    def score(self, text: str) -> float:
-        """In [0, 1]; 0.5 at the shipped threshold."""
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.spec.slope * (self.margin(text) - self.spec.threshold)))))
+    def score(self, text: str, raised: float = 0.0) -> float:
+        """In [0, 1]; 0.5 at the shipped threshold. `raised` is added to the margin."""
+        above = self.margin(text) + raised - self.spec.threshold
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.spec.slope * above))))
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,8 @@ class Weights:
     """All heads, and the digest of the file they came from."""
 
     heads: Mapping[Channel, Head]
+    beside: tuple[float, ...] | None
+    """Weights of `beside.FEATURES`."""
     digest: str
     """SHA-256 of the file, hexadecimal."""
     size_bytes: int
@@ -125,7 +141,7 @@ class InjectionGuard:
     """Judges by the worst window of a text. Stateless after the start; about 0.3 ms per KB."""
 
     name = "injection"
-    reads: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset({"system"})
     stages: frozenset[Stage] = frozenset(CHANNELS)
     labels = frozenset((*UNDONE, *_LABELS.values()))
     probes = (
@@ -149,10 +165,13 @@ class InjectionGuard:
     def version(self) -> str:
         return f"{FORMAT}+{self.weights.digest[:12]}"
 
-    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:  # noqa: ARG002 - judged alone
+    def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:
         channel = CHANNELS[stage]
         plain, undone = normalise(text)
-        score = self.weights.heads[channel].score(plain) if plain.strip() else 0.0
+        raised = 0.0
+        if channel == "user" and context.system and self.weights.beside is not None:
+            raised = bonus(plain, context.system, self.weights.beside)
+        score = self.weights.heads[channel].score(plain, raised) if plain.strip() else 0.0
         block = score >= 0.5
         return Judgement(score, "+".join(((_LABELS[channel],) if block else ()) + undone), block)
 
@@ -183,4 +202,5 @@ def load_weights(raw: bytes, source: str) -> Weights:
         if head.char_min > head.char_max or head.step > head.window:
             raise GuardRefused(f"{source}: the {channel} head's n-grams or windows make no sense; train it again")
         heads[channel] = Head(head, values.astype(np.float32))
-    return Weights(heads, hashlib.sha256(raw).hexdigest(), len(raw))
+    beside = None if spec.beside is None else spec.beside.weights
+    return Weights(heads, beside, hashlib.sha256(raw).hexdigest(), len(raw))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from collector.guards.beside import BONUS_MAX, FEATURES
 from collector.guards.figures import auroc, bootstrap, tpr_at
-from collector.guards.injection import Channel
+from collector.guards.injection import BesideSpec, Channel
 
 if TYPE_CHECKING:
     from collector.guards.train import Row, TrainedHead
@@ -28,20 +29,23 @@ and tool output. It knows attack *styles*. It is a first line, fast and explaina
 - A poisoned document whose order is a plain sentence differs from a harmless one only by its place. Treat that head as
   advice, and limit what fetched text may cause.
 - Harmful requests without an attack's style are not its work: put a content classifier beside it.
-- Many attacks can be told only by the system prompt that they go against, which this guard does not see.
+- Many attacks can be told only by the system prompt that they go against. Where it is known, what the message asks of
+  it is looked at (below), by words: another language, or a description instead of the name, is not seen.
 - Long roles that operators write look like jailbreaks when a user pastes them.
 - An adversary who can try many variants will find one that passes; repeated tries are what the probing detector is for.
 """
 
 
-def card(heads: "Mapping[Channel, TrainedHead]", rows: "Sequence[Row]", raw: bytes, seed: int) -> str:
+def card(
+    heads: "Mapping[Channel, TrainedHead]", beside: BesideSpec, rows: "Sequence[Row]", raw: bytes, seed: int
+) -> str:
     """The card, in Markdown."""
     parts = [
         _HEAD.format(name="injection.safetensors", size=len(raw), digest=hashlib.sha256(raw).hexdigest(), seed=seed)
     ]
     for channel, head in heads.items():
         parts.append(_head_section(channel, head))
-    parts.append(_sources(rows))
+    parts += [_beside(beside), _sources(rows)]
     return "\n".join(parts)
 
 
@@ -72,6 +76,22 @@ def _head_section(channel: Channel, head: "TrainedHead") -> str:
         at = f"{(attacks >= spec.threshold).mean():.3f}, {(harmless >= spec.threshold).mean():.4f}"
         lines.append(f"| {name} | {len(attacks)} | {len(harmless)} | {figures} | {at} |")
     lines += ["", *_by_group("language", "langs", head), "", *_by_group("family", "families", head)]
+    return "\n".join(lines) + "\n"
+
+
+def _beside(beside: BesideSpec) -> str:
+    about = (
+        "What is added to the margin of a message for what it asks of its system prompt (`beside.py`), each feature in "
+        f"[0, 1], the sum from 0 to {BONUS_MAX:g}. Fitted to pairs of our own; it can only raise a score."
+    )
+    lines = [
+        "\n## Beside the system prompt",
+        about,
+        "",
+        "| feature | weight |",
+        "| --- | --- |",
+        *(f"| {name} | {weight:.2f} |" for name, weight in zip(FEATURES, beside.weights, strict=True)),
+    ]
     return "\n".join(lines) + "\n"
 
 

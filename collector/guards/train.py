@@ -4,15 +4,15 @@ DATA_DIR holds `*.jsonl` or `*.jsonl.gz` files, a row a line: text, label (0 har
 channel (user or document), source, licence. Texts of our own (`authored`) are added. The same data and seed give the
 same bytes. Beside FILE it writes FILE's model card with the figures of this very run.
 
-How: two logistic regressions on `ngrams`, families weighted by the root of their size and both classes alike, so that a
-large collection doesn't drown a small one. Only a window of an attack document holds the attack: it is fitted
-repeatedly, keeping the worst window of each (Andrews et al. 2003, multiple-instance learning). Thresholds come from
-rows whose whole family (user) or source (document) was left out of the fit.
+How: two logistic regressions on `ngrams`, each family with the same weight, so that a large collection doesn't drown a
+small one, and both classes alike. Only a window of an attack document holds the attack: it is fitted repeatedly, and
+the worst window of each is kept (Andrews et al. 2003, multiple-instance learning). Thresholds come from rows that were
+left out of the fit, alone or with their whole family (user) or source (document).
 """
 
 import gzip
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from collector.guards.authored import draw
-from collector.guards.injection import METADATA_KEY, Channel, HeadSpec, WeightsSpec
+from collector.guards.authored import AuthoredRow, Pair, draw, draw_documents, draw_pairs
+from collector.guards.beside import features
+from collector.guards.injection import METADATA_KEY, BesideSpec, Channel, HeadSpec, WeightsSpec
 from collector.guards.model_card import card
 from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
 from collector.guards.normaliser import normalise
@@ -33,11 +34,17 @@ SPECS: Final[Mapping[Channel, NgramSpec]] = {
     "document": NgramSpec(buckets=260_000, char_min=1, char_max=4, word_max=2, window=250, step=125),
 }
 FOLDS: Final = 6
-FALSE_POSITIVE_RATE: Final[Mapping[Channel, float]] = {"user": 0.005, "document": 0.01}
+FALSE_POSITIVE_RATE: Final[Mapping[Channel, float]] = {"user": 0.0075, "document": 0.01}
 FALSE_POSITIVE_RATE_LANGUAGE: Final = 0.03
 LANGUAGE_ROWS_MIN: Final = 60
+SEVERAL: Final = "ml"
+"""What rows of no one language are marked with."""
 OTHER_CHANNEL_WEIGHT: Final = 0.3
-INVERSE_L2: Final = 3.0
+INVERSE_L2: Final[Mapping[Channel, float]] = {"user": 10.0, "document": 3.0}
+PAIRS_PER_KIND: Final = 400
+"""Messages under system prompts, of each label and kind of prompt."""
+CHANCE_PAIRS: Final = 4_000
+"""Harmless messages under system prompts of others."""
 ROUNDS: Final = 2
 NOT_FOR: Final[Mapping[Channel, frozenset[str]]] = {
     # Notes about attacks, no attacks. A plain request is poison only where it stands in a document.
@@ -91,10 +98,15 @@ def load_rows(folder: Path) -> list[Row]:
 
 
 def own_rows(seed: int) -> list[Row]:
-    """The texts of our own, attacks and look-alikes, as rows of the user channel."""
+    """The texts of our own, attacks and look-alikes, as rows of both channels."""
+    drawn: dict[Channel, Iterable[AuthoredRow]] = {
+        "user": draw(seed, attacks_per_technique=150, benign_per_kind=200, per_language=80),
+        "document": draw_documents(seed, per_kind=250),
+    }
     return [
-        Row(text, label, family, lang, "user", SOURCE_OWN, "Apache-2.0")
-        for text, label, family, lang in draw(seed, attacks_per_technique=150, benign_per_kind=300, per_language=80)
+        Row(text, label, family, lang, channel, SOURCE_OWN, "Apache-2.0")
+        for channel, rows in drawn.items()
+        for text, label, family, lang in rows
     ]
 
 
@@ -149,9 +161,9 @@ def corpus(rows: Sequence[Row], spec: NgramSpec) -> Corpus:
 
 
 def row_weights(data: Corpus, train: Mask, channel: Channel) -> Floats:
-    """(rows,): families by the root of their size, the other channel less, both classes the same in all."""
+    """(rows,): each family the same, the other channel less, both classes the same in all."""
     sizes = Counter(data.families[train].tolist())
-    weights = np.array([sizes[family] ** -0.5 if sizes[family] else 0.0 for family in data.families.tolist()])
+    weights = np.array([1 / sizes[family] if sizes[family] else 0.0 for family in data.families.tolist()])
     weights[data.channels != channel] *= OTHER_CHANNEL_WEIGHT
     weights[~train] = 0
     for label in (0, 1):
@@ -172,7 +184,7 @@ def fit(data: Corpus, train: Mask, channel: Channel) -> tuple[Floats, float]:
     poisoned = ((data.channels == "document") & (data.labels == 1))[data.row_of]
     kept = used
     for turn in range(ROUNDS):
-        model = LogisticRegression(C=INVERSE_L2, solver="liblinear", tol=0.1)
+        model = LogisticRegression(C=INVERSE_L2[channel], solver="liblinear", tol=0.1)
         model.fit(data.windows[kept], data.labels[data.row_of[kept]], sample_weight=shares[kept])
         if turn == ROUNDS - 1 or not poisoned[used].any():
             break
@@ -210,14 +222,18 @@ def left_out(data: Corpus, channel: Channel, groups: NDArray[np.str_]) -> tuple[
     return margins, folds
 
 
-def choose_threshold(data: Corpus, margins: Floats, channel: Channel) -> float:
-    """The margin that keeps false alarms on left-out harmless rows within both rates, overall and by language."""
-    harmless = np.isfinite(margins) & (data.labels == 0) & (data.families != SYSTEM_PROMPTS)
-    threshold = float(np.quantile(margins[harmless], 1 - FALSE_POSITIVE_RATE[channel]))
-    for lang, count in Counter(data.langs[harmless].tolist()).items():
-        if count >= LANGUAGE_ROWS_MIN:
-            chosen = harmless & (data.langs == lang)
-            threshold = max(threshold, float(np.quantile(margins[chosen], 1 - FALSE_POSITIVE_RATE_LANGUAGE)))
+def choose_threshold(data: Corpus, margins: Floats, group_margins: Floats, channel: Channel) -> float:
+    """The margin that keeps false alarms on left-out harmless rows within both rates.
+
+    Overall as new rows of known kinds score, by language also as rows of kinds that no fit has seen.
+    """
+    known = np.isfinite(margins) & (data.labels == 0) & (data.families != SYSTEM_PROMPTS)
+    threshold = float(np.quantile(margins[known], 1 - FALSE_POSITIVE_RATE[channel]))
+    for lang, count in Counter(data.langs[known].tolist()).items():
+        if count >= LANGUAGE_ROWS_MIN and lang != SEVERAL:
+            chosen = known & (data.langs == lang)
+            for seen in (margins, group_margins):
+                threshold = max(threshold, float(np.quantile(seen[chosen], 1 - FALSE_POSITIVE_RATE_LANGUAGE)))
     return threshold
 
 
@@ -261,17 +277,36 @@ def train_head(rows: Sequence[Row], channel: Channel, seed: int, tell: Callable[
     spec = HeadSpec(
         **asdict(ngrams),
         bias=round(bias, 6),
-        threshold=round(choose_threshold(data, margins, channel), 6),
+        threshold=round(choose_threshold(data, margins, group_margins, channel), 6),
         slope=round(choose_slope(data, margins), 6),
     )
     return TrainedHead(spec, weights.astype(np.float16), data, margins, group_margins, folds)
 
 
-def weights_bytes(heads: Mapping[Channel, TrainedHead]) -> bytes:
+def train_beside(rows: Sequence[Row], slope: float, seed: int) -> BesideSpec:
+    """What a message's features beside its system prompt say, as log-odds in units of the margin (`slope` a unit).
+
+    Fitted to pairs of our own, and to harmless messages under system prompts that they were not written for, operators'
+    own among them: words that meet by chance are no sign.
+    """
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - training only
+
+    pairs = list(draw_pairs(seed, PAIRS_PER_KIND))
+    chance = np.random.default_rng(seed)
+    systems = [pair.system for pair in pairs] + [row.text for row in rows if row.family == SYSTEM_PROMPTS] * 4
+    harmless = [row.text for row in rows if row.label == 0 and row.channel == "user" and row.family != SYSTEM_PROMPTS]
+    picked = chance.choice(np.array(harmless, dtype=object), min(CHANCE_PAIRS, len(harmless)), replace=False)
+    pairs += [Pair(systems[int(chance.integers(len(systems)))], normalise(text).text, 0) for text in picked]
+    said = np.array([features(pair.text, pair.system) for pair in pairs])
+    model = LogisticRegression(C=1.0).fit(said, np.array([pair.label for pair in pairs]))
+    return BesideSpec(weights=tuple(round(float(weight) / slope, 4) for weight in model.coef_[0]))
+
+
+def weights_bytes(heads: Mapping[Channel, TrainedHead], beside: BesideSpec) -> bytes:
     """The weights file: a float16 tensor a head, the rest in one metadata entry: equal runs, equal bytes."""
     from safetensors.numpy import save  # noqa: PLC0415 - training only
 
-    spec = WeightsSpec(format=FORMAT, heads={channel: head.spec for channel, head in heads.items()})
+    spec = WeightsSpec(format=FORMAT, heads={channel: head.spec for channel, head in heads.items()}, beside=beside)
     return bytes(
         save({channel: head.weights for channel, head in heads.items()}, {METADATA_KEY: spec.model_dump_json()})
     )
@@ -282,7 +317,8 @@ def train_guard(data: Path, out: Path, seed: int, tell: Callable[[str], None]) -
     rows = load_rows(data)
     everything = [*rows, *own_rows(seed)]
     heads: dict[Channel, TrainedHead] = {channel: train_head(everything, channel, seed, tell) for channel in SPECS}
-    raw = weights_bytes(heads)
+    beside = train_beside(rows, heads["user"].spec.slope, seed)
+    raw = weights_bytes(heads, beside)
     out.write_bytes(raw)
-    out.with_name("MODEL_CARD.md").write_text(card(heads, everything, raw, seed), encoding="utf-8")
+    out.with_name("MODEL_CARD.md").write_text(card(heads, beside, everything, raw, seed), encoding="utf-8")
     tell(f"wrote {out} ({len(raw)} bytes)")

@@ -232,6 +232,7 @@ POISONED = {
     "backward n-grams": made(char_min=4),
     "no buckets": made(buckets=0),
     "a threshold that is no number": made(threshold="NaN"),
+    "too few weights beside": made(metadata={"format": 1, "heads": {}, "beside": {"weights": [1.0]}}),
 }
 
 
