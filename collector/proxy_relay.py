@@ -41,6 +41,8 @@ class Relay:
         self._auditor, self._api, self._send = auditor, api, send
         self._judged = "output" in auditor.stages and api not in ("vectors", "management")
         self._seen = Seen(api, keep_text=self._judged)
+        self._verdicts: Sequence[GuardResult] = ()
+        """On what was judged of a stream."""
         self._streaming = ""
         """The type of the stream that has begun to go out."""
         self._first_s = self._last_s = 0.0
@@ -77,7 +79,7 @@ class Relay:
     def drop(self) -> None:
         """What has no event yet gets one: the client has gone."""
         with contextlib.suppress(Unaudited):
-            self._close("aborted", reason="client gone")
+            self._close("aborted", verdicts=self._verdicts, reason="client gone")
 
     # -- whole answers
 
@@ -146,7 +148,9 @@ class Relay:
             if frame.last or (self._seen.finished if self._judged else self._seen.ended or self._seen.failed):
                 watch.shut()
             watch.put(frame.raw, self._seen.pieces if frame.said is not None else ())
-        if ready := b"".join(await watch.ready()):
+        ready = b"".join(await watch.ready())
+        self._verdicts = watch.verdicts
+        if ready:
             await self._out(content_type, ready)
 
     def _keeps(self, frame: Frame) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final, cast
 
@@ -15,7 +15,7 @@ from collector.engine.calls import Call, decode, engine_request, refusing
 from collector.engine.counting import aborted_tokens
 from collector.engine.process import current
 from collector.engine.steps import part_of
-from collector.event import Status
+from collector.event import GuardResult, Status
 from collector.watch import Watch
 
 Generator = AsyncGenerator[Any, None]
@@ -154,7 +154,7 @@ async def answered(inner: Generator, audit: Audit, answer: Answer, auditor: Audi
     except BaseException as error:  # noqa: BLE001 - cancellation and closing have their events too
         with contextlib.suppress(BaseException):
             await inner.aclose()  # the engine says only now how many tokens it had generated
-        raise failed(audit, error, answer) from None
+        raise failed(audit, error, answer, watch.verdicts) from None
     finally:
         await inner.aclose()
 
@@ -171,11 +171,17 @@ async def _pooled(inner: Generator, audit: Audit) -> Generator:
         await inner.aclose()
 
 
-def failed(audit: Audit, error: BaseException, answer: Answer | None) -> BaseException:
-    """Write the event of a request that ended otherwise than by its answer; returns what the server is to see."""
+def failed(
+    audit: Audit, error: BaseException, answer: Answer | None, verdicts: Sequence[GuardResult] = ()
+) -> BaseException:
+    """Write the event of a request that ended otherwise than by its answer; returns what the server is to see.
+
+    `verdicts`: on what had been judged of the answer.
+    """
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         generated = aborted_tokens(audit.request_id)
-        close_quietly(audit, "aborted", answer=answer, generated=generated, reason="client gone")
+        told = {"answer": answer, "verdicts": verdicts, "generated": generated}
+        close_quietly(audit, "aborted", reason="client gone", **told)
     elif isinstance(error, Unaudited):
         refusal: BaseException = GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         return refusal
