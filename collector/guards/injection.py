@@ -2,8 +2,9 @@
 
 `[collector.guards.injection]`. Logistic regression on hashed character and word n-grams, one head for what a user
 types (`input`) and one for what is fetched (`retrieved`, `tool`); the score of a text is that of its worst window, to
-its very end. Trained by `collector.guards.train`; `MODEL_CARD.md` says on what, and where it is weak. Weights are a
-safetensors file with everything needed to rebuild the features in its metadata; nothing is ever unpickled.
+its very end. A message is judged beside its system prompt where that is known (`beside`). Trained by
+`collector.guards.train`; `MODEL_CARD.md` says on what, and where it is weak. Weights are a safetensors file with
+everything needed to rebuild the features in its metadata; nothing is ever unpickled.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class InjectionConfig(GuardPolicy):
         "one in five would be blocked (tests/bench/guards.py). Empty: it blocks there too.",
     )
     weights_file: Path | None = Field(
-        None, description="Weights written by collector.guards.train. Unset: those that came with the package."
+        None, description="Weights written by `inferwatch guards train`. Unset: those that came with the package."
     )
 
     def build(self) -> Guard:

@@ -163,7 +163,7 @@ def corpus(rows: Sequence[Row], spec: NgramSpec) -> Corpus:
 def row_weights(data: Corpus, train: Mask, channel: Channel) -> Floats:
     """(rows,): each family the same, the other channel less, both classes the same in all."""
     sizes = Counter(data.families[train].tolist())
-    weights = np.array([1 / sizes[family] if sizes[family] else 0.0 for family in data.families.tolist()])
+    weights = np.array([sizes[family] ** -1.0 if sizes[family] else 0.0 for family in data.families.tolist()])
     weights[data.channels != channel] *= OTHER_CHANNEL_WEIGHT
     weights[~train] = 0
     for label in (0, 1):
