@@ -123,6 +123,9 @@ def first(weights: dict[str, int], limit: int) -> dict[str, int]:
 
 def add_all(into: dict[int, int], other: dict[int, int]) -> None:
     """Adds the counts of `other` to `into`."""
+    if not into:
+        into.update(other)
+        return
     for bucket, count in other.items():
         into[bucket] = into.get(bucket, 0) + count
 

@@ -50,8 +50,7 @@ REST: Final = 100
 REST_SUDDEN: Final = 20
 SUDDEN: Final = ("jump", "tail", "slowest")
 SUDDEN_EASE: Final = 0.5
-"""-log10 p that a sudden rise needs less: in simulated calm three times as many as this asks for are rarer than due,
-since two or three windows have to agree."""
+"""-log10 p that a sudden rise needs less, since two or three windows have to agree: assumed, not measured by itself."""
 STATISTICS: Final = ("day", "week", *MEANS, *SUDDEN)
 
 

@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 
 from collector.event import GuardResult, encode
+from detectors.campaign_families import equal_slots
 from detectors.chunk import in_order_of, tallied
 from detectors.columns import columns_of
 from detectors.detector import actor
@@ -25,6 +26,17 @@ def test_order_and_counts_are_those_of_numpy_for_small_and_for_huge_numbers() ->
             assert ordered.tolist() == sorted(code.tolist())
             found, counts = np.unique(code, return_counts=True)
             assert [each.tolist() for each in tallied(code, bound)] == [found.tolist(), counts.tolist()]
+
+
+def test_equal_slots_are_counted_as_one_by_one() -> None:
+    """None to all of them equal, of one family and of many."""
+    seed = 4
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    for families in (1, 2, 500):
+        rows = rng.integers(0, 3, (families, 64)).astype(np.uint32)
+        for slots in (rows[0], rows[0] + np.uint32(3), rng.integers(0, 3, 64).astype(np.uint32)):
+            assert equal_slots(rows, slots).tolist() == np.count_nonzero(rows == slots, axis=1).tolist()
 
 
 def test_the_words_of_an_event_are_those_of_the_whole_event() -> None:
