@@ -121,7 +121,8 @@ def equal_slots(rows: Sketches, slots: Sketches) -> NDArray[np.int64]:
     flags = words[:, 0].copy()
     for column in range(1, words.shape[1]):
         flags += words[:, column]
-    return ((flags * _ONES) >> _LAST_BYTE).astype(np.int64)
+    counted: NDArray[np.int64] = ((flags * _ONES) >> _LAST_BYTE).astype(np.int64)
+    return counted
 
 
 def commonest(sketches: list[bytes]) -> bytes:
