@@ -20,7 +20,8 @@ from collector.context import Caller, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import Adapter, GuardResult, Media, Stage, Status
 from collector.guards.protocol import ALONE, Context, MediaGuard
-from collector.guards.stack import GuardStack, Holding, worst
+from collector.guards.stack import GuardStack, Holding
+from collector.guards.verdicts import worst
 from collector.identity import Pseudonyms
 from collector.limits import Lease
 from collector.media import Item, listed, verdict_on

@@ -14,7 +14,7 @@ from collector.audit import STAGES, Auditor
 from collector.context import Exchange
 from collector.event import GuardResult, Stage
 from collector.guards.protocol import Context
-from collector.guards.stack import worst
+from collector.guards.verdicts import worst
 from collector.requests import Refusal, caller_of, parse
 
 TEXTS_MAX: Final = 256

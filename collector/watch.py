@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from collector.audit import Audit, Auditor
 from collector.event import GuardResult
-from collector.guards.stack import worst
+from collector.guards.verdicts import worst
 from collector.holdback import HoldBack, Mark, Piece
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from collector.guards.config import GuardsConfig
 from collector.guards.protocol import CONTEXT, Context, Guard, GuardRefused, Judgement, Text
-from collector.guards.stack import BadJudgement, GuardStack, checked
+from collector.guards.stack import GuardStack
+from collector.guards.verdicts import BadJudgement, checked
 from collector.guards.wire import (
     BAD_BODY,
     HEADER,

@@ -241,7 +241,7 @@ def test_too_many_requests_wait_and_then_fail() -> None:
     first: list[list[GuardResult]] = []
     busy = threading.Thread(target=lambda: first.append(stack.judge([("input", TEXT)])))
     busy.start()
-    wait_until(lambda: stack._slots._value == 0)  # the one worker is taken
+    wait_until(lambda: stack._workers._slots._value == 0)  # the one worker is taken
     overloaded = stack.judge([("output", "good")])
     free.set()
     busy.join(10)
