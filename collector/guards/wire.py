@@ -167,11 +167,6 @@ class Frames:
         finally:
             del buffer[:at]
 
-    @property
-    def held_bytes(self) -> int:
-        """What of an unfinished frame is here."""
-        return len(self._buffer)
-
 
 def proof(token: bytes, who: bytes, greeting: Greeting, client_nonce: bytes) -> bytes:
     """That `who` (client or sidecar) knows the token, in this one conversation: HMAC-SHA256."""

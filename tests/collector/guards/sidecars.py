@@ -22,8 +22,8 @@ from collector.event import Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.injection import InjectionConfig
 from collector.guards.protocol import ALONE, Context, Judgement, Probe, Text
-from collector.guards.remote import Sidecar
 from collector.guards.secrets import SecretsConfig
+from collector.guards.sidecar_client import Sidecar
 
 DEADLINE_MS = 1_500.0
 

@@ -15,7 +15,7 @@ import pytest
 
 from collector.event import GuardResult
 from collector.guards.protocol import Context, GuardRefused
-from collector.guards.remote import DeadlineExceeded, Sidecar
+from collector.guards.sidecar_client import DeadlineExceeded, Sidecar
 from collector.guards.sidecar_config import SidecarConfig
 from collector.guards.stack import GuardStack
 from collector.guards.wire import (
