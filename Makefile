@@ -71,12 +71,12 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	@for bench in tests/bench/[a-z]*.py; do name=$$(basename $$bench .py); echo "== $$name"; \
 	  python=.venv/bin/python; case $$name in collector|overhead) python=.venv-engine/bin/python;; esac; $$python -m tests.bench.$$name --json; done
 
-soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 2,000 simulated schedules, the crash battery of 22 rounds
+soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 1,000 schedules, each fault of the crash battery
 	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors
 	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
 	@[ ! -x .venv-guards/bin/python ] || .venv-guards/bin/python -m pytest -q tests/guards
-	INFERWATCH_SCHEDULES=2000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
-	.venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
+	INFERWATCH_SCHEDULES=1000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
+	INFERWATCH_SOAK_ROUNDS=11 .venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
 
 soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them
 	INFERWATCH_SOAK_ROUNDS=200 .venv/bin/python -m tests.run --soak $(ARGS)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -19,14 +20,14 @@ ROOT = Path(__file__).parent.parent.parent
 class Process:
     """One `inferwatch serve`, with the site's configuration."""
 
-    def __init__(self, site: Site, model: Path, *flags: str) -> None:
+    def __init__(self, site: Site, model: Path, *flags: str, entry: Sequence[str] = ("-m", "inferwatch.cli")) -> None:
         self.site = site
         self.log = site.folder / "serve.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "inferwatch.cli", "serve", "--config", str(site.config_file), str(model)]
+        command = [sys.executable, *entry, "serve", "--config", str(site.config_file), str(model)]
         command += [*FLAGS, *flags, "--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -46,11 +47,18 @@ class Process:
 
     def freeze_engine(self) -> None:
         """SIGSTOP to the processes that compute: from here on no answer gets through, however fast the machine is."""
+        self._signal_engine(signal.SIGSTOP)
+
+    def kill_engine(self) -> None:
+        """SIGKILL to the processes that compute."""
+        self._signal_engine(signal.SIGKILL)
+
+    def _signal_engine(self, number: signal.Signals) -> None:
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert children, "the engine runs in the server's own process: it can't be stopped alone"
         for child in children:
-            os.kill(int(child), signal.SIGSTOP)
+            os.kill(int(child), number)
 
     def client(self) -> httpx.Client:
         """HTTP with a good key."""

@@ -4,7 +4,7 @@ Each round sends a minute of events while one thing goes wrong: workers are kill
 recover, are suspended beyond their session and go on as zombies; the broker is killed. After each round every user's
 totals over the whole run are exact, and rollups and findings are those of undisturbed engines, byte for byte.
 
-`INFERWATCH_SOAK_ROUNDS` says how many rounds (22: each fault twice), `INFERWATCH_SOAK_SEED` in which order and when.
+`INFERWATCH_SOAK_ROUNDS` says how many rounds (22: each fault twice; 11 in CI), `INFERWATCH_SOAK_SEED` in which order and when.
 Every round prints its seed.
 """
 
