@@ -193,7 +193,7 @@ def test_a_client_that_goes_closes_the_servers_connection(
         if body is STREAM:
             client.recv(10)
             time.sleep(0.3)
-    while not front.events:
+    while not (front.events and upstream[0].gone):
         assert time.monotonic() < end_s
         time.sleep(0.01)
     upstream[0].__class__ = Server
