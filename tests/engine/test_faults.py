@@ -32,10 +32,9 @@ HOURS_2_NS = 7_200_000_000_000
 CLOCK = """\
 import pathlib, sys, time
 if __name__ == "__main__":  # the engine's own processes run this file too
-    real_ns, real_s = time.time_ns, time.time
+    real_ns = time.time_ns
     file = pathlib.Path(sys.argv.pop(1))
     time.time_ns = lambda: real_ns() + int(file.read_text() or 0)
-    time.time = lambda: real_s() + int(file.read_text() or 0) / 1e9
     from inferwatch.cli import main
     main()
 """
@@ -75,7 +74,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[[Site], Process]]:
     def begin(site: Site) -> Process:
         entry = [str(program), str(tmp_path / "wrong")]
         started.append(Process(site, model, entry=entry))
-        started[-1].wait_ready()
+        started[-1].wait_ready(600)
         return started[-1]
 
     yield begin
