@@ -4,8 +4,8 @@ Each round sends a minute of events while one thing goes wrong: workers are kill
 recover, are suspended beyond their session and go on as zombies; the broker is killed. After each round every user's
 totals over the whole run are exact, and rollups and findings are those of undisturbed engines, byte for byte.
 
-`INFERWATCH_SOAK_ROUNDS` says how many rounds (22: each fault twice; 11 in CI), `INFERWATCH_SOAK_SEED` in which order and when.
-Every round prints its seed.
+`INFERWATCH_SOAK_ROUNDS` says how many rounds (22: each fault twice; 11 in CI), `INFERWATCH_SOAK_SEED` in which order
+and when. Every round prints its seed.
 """
 
 import asyncio
