@@ -45,7 +45,9 @@ class ModelConfig(BaseModel):
         None, pattern="^[0-9a-f]{40}$", description="Its commit, all 40 digits: a name such as main can change."
     )
     device: str = Field("cpu", pattern="^(cpu|cuda(:[0-9]+)?)$", description="Where it runs: cpu, cuda, cuda:1.")
-    window_tokens: int = Field(512, ge=16, le=32_768, description="Tokens of a window, special ones included.")
+    window_tokens: int = Field(
+        512, ge=16, le=32_768, description="Tokens of a window, special ones included; no more than the model takes."
+    )
     overlap_tokens: int = Field(128, ge=1, le=16_384, description="Tokens that a window shares with the next.")
     batch: int = Field(16, ge=1, le=1024, description="Windows judged together.")
 
@@ -140,10 +142,9 @@ class SequenceModel:
         self._prefix, self._suffix = self._frame()
         self._parted = bool(self._suffix) and int(self.settings.get("type_vocab_size") or 0) > 1
         self._model = _load(folder, kind, config.device)
-        self.body_tokens = config.window_tokens - len(self._prefix) - len(self._suffix)
         limit = self.settings.get("max_position_embeddings")
-        if isinstance(limit, int) and config.window_tokens > limit:
-            raise GuardRefused(f"{folder}: the model takes {limit} tokens, and window_tokens is {config.window_tokens}")
+        size = min(config.window_tokens, limit) if isinstance(limit, int) else config.window_tokens
+        self.body_tokens = size - len(self._prefix) - len(self._suffix)
 
     @property
     def labels(self) -> Mapping[int, str]:
