@@ -76,7 +76,7 @@ class LlamaFirewallConfig(GuardPolicy):
         "block", description="What follows where a scanner wants a human to look (human_in_the_loop_required)."
     )
     chars_max: int = Field(
-        200_000, ge=1_000, le=10_000_000, description="A longer text is not scanned: the verdict is error TextTooLong."
+        20_000, ge=1_000, le=10_000_000, description="A longer text is not scanned: the verdict is error TextTooLong."
     )
     probes: dict[str, ProbeSpec] = Field(
         default_factory=dict,
