@@ -31,7 +31,7 @@ import httpx
 from collector.identity import create_key_file
 from inferwatch.keys import add_api_key
 from inferwatch.tiny_model import write_tiny_model
-from tests.bench.collector_servers import ENVIRONMENT, FLAGS, Server, Shape, body
+from tests.bench.collector_servers import ENVIRONMENT, FLAGS, Server, Shape
 from tests.conftest import ROOT, RunningBroker
 
 FULL: Final = '["injection", "secrets", "pii"]'
@@ -51,6 +51,26 @@ SHAPES: Final[Mapping[str, Mapping[str, Shape]]] = {
     },
     "standin": {"answer": Shape(100, output_tokens=64, clients=4), "stream": Shape(100, 256, stream=True, share=0.4)},
 }
+SENTENCE: Final = [
+    "The",
+    "museum",
+    "opens",
+    "at",
+    "nine",
+    "and",
+    "closes",
+    "at",
+    "five,",
+    "and",
+    "entry",
+    "is",
+    "free",
+    "on",
+    "Sundays",
+    "for",
+    "all",
+    "visitors.",
+]
 GOALS: Final = {"classifier": 0.97, "full": 0.9}
 
 
@@ -63,6 +83,14 @@ class Batch(NamedTuple):
     """To the first word of a stream; empty for whole answers."""
     cpu_us: float
     """Of the server process a request, all threads."""
+
+
+def body(draw: random.Random, shape: Shape) -> bytes:
+    """A harmless question, never the same twice: a guard that blocks it would be measured without its engine."""
+    words = [draw.choice(SENTENCE) for _ in range(shape.words)]
+    text = f"Could you tell me about order {draw.getrandbits(48)}: {' '.join(words)}?"
+    request = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": shape.output_tokens}
+    return json.dumps({**request, "ignore_eos": True, "stream": shape.stream}).encode()
 
 
 @contextmanager
