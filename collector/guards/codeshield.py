@@ -71,7 +71,7 @@ class CodeShieldConfig(GuardPolicy):
         BLOCKED, max_length=256, description="Kinds of flaw that block, by CWE number; every other is reported."
     )
     chars_max: int = Field(
-        200_000,
+        20_000,
         ge=1_000,
         le=10_000_000,
         description="A longer text is not looked at: the verdict is error TextTooLong.",
