@@ -18,7 +18,8 @@ from typing import Any, Final
 import structlog
 
 from collector import guard_api
-from collector.audit import Auditor, Unaudited
+from collector.audit import Unaudited
+from collector.auditor import Auditor
 from collector.context import NOBODY, Exchange, exchange
 from collector.event import uuid7
 from collector.media import items

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from collector.audit import STAGES, Auditor
+from collector.auditor import STAGES, Auditor
 from collector.context import Exchange
 from collector.event import GuardResult, Stage
 from collector.guards.protocol import Context

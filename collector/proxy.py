@@ -14,7 +14,8 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from collector.audit import Auditor, Blocked, Unaudited
+from collector.audit import Blocked, Unaudited
+from collector.auditor import Auditor
 from collector.context import Exchange, exchange
 from collector.proxy_config import ProxyConfig
 from collector.proxy_prompts import requests

@@ -11,7 +11,8 @@ from typing import Any, Final
 import orjson
 
 from collector.answers import FILTERED
-from collector.audit import Audit, Auditor, Counted, Timing, Unaudited
+from collector.audit import Audit, Counted, Timing, Unaudited
+from collector.auditor import Auditor
 from collector.event import GuardResult, Status
 from collector.proxy_answers import Seen, usage_alone
 from collector.proxy_frames import Frame, Frames, Garbled

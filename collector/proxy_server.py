@@ -14,7 +14,8 @@ import structlog
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from collector.audit import Auditor, Unaudited
+from collector.audit import Unaudited
+from collector.auditor import Auditor
 from collector.config import CollectorConfig
 from collector.context import Exchange
 from collector.event import uuid7

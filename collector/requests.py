@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.context import Caller, Exchange
 from collector.identity import NotKnown, Principal
 from collector.limits import LimitReached

@@ -8,7 +8,7 @@ from functools import partial
 
 import structlog
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.config import CollectorConfig
 from collector.doors import open_identity
 from collector.guards.stack import GuardStack

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
-from collector.audit import Audit, Auditor
+from collector.audit import Audit
+from collector.auditor import Auditor
 from collector.event import GuardResult
 from collector.guards.verdicts import worst
 from collector.holdback import HoldBack, Mark, Piece

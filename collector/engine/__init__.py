@@ -16,7 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.engine import beam, counting, offline, online
 from collector.engine.process import MARK, Opener, current
 from collector.engine.selftest import selftest

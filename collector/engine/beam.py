@@ -15,7 +15,8 @@ from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin as Online
 
 from collector.answers import Answer
-from collector.audit import Audit, Auditor, Blocked
+from collector.audit import Audit, Blocked
+from collector.auditor import Auditor
 from collector.engine.calls import Call, decode, engine_request, refusing
 from collector.engine.online import Audited, answered, close_quietly
 from collector.engine.process import current

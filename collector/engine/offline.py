@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 from collector.answers import Answer
-from collector.audit import Audit, Auditor
+from collector.audit import Audit
+from collector.auditor import Auditor
 from collector.engine.calls import Call, engine_request
 from collector.engine.counting import aborted_tokens
 from collector.engine.online import ENDS, answer_for, close_quietly, timing_of

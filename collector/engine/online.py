@@ -10,7 +10,8 @@ from typing import Any, Final, cast
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 from collector.answers import Answer, Kind
-from collector.audit import Audit, Auditor, Timing, Unaudited
+from collector.audit import Audit, Timing, Unaudited
+from collector.auditor import Auditor
 from collector.engine.calls import Call, decode, engine_request, refusing
 from collector.engine.counting import aborted_tokens
 from collector.engine.process import current

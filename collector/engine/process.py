@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from collector.adapters import Adapters
-from collector.audit import Auditor, Unaudited
+from collector.audit import Unaudited
+from collector.auditor import Auditor
 from collector.context import exchange
 from collector.reconcile import Tally
 from collector.weights import Model, identify

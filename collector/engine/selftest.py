@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 from vllm import PoolingParams, SamplingParams
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.context import Exchange, exchange
 from collector.engine.process import current
 from collector.event import uuid7

@@ -16,7 +16,8 @@ import statistics
 import time
 from typing import Any, cast
 
-from collector.audit import Audit, Auditor
+from collector.audit import Audit
+from collector.auditor import Auditor
 from collector.guards.config import GuardsConfig
 from collector.guards.stack import GuardStack
 from collector.holdback import Piece

@@ -14,7 +14,7 @@ import jwt
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.doors import Identity, open_identity
 from collector.gate import Gate
 from collector.guards.config import GuardsConfig

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.context import exchange
 from collector.doors import Identity
 from collector.gate import Gate

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.doors import Identity
 from collector.event import AuditEvent, Rejection, decode, encode, from_timestamp_us, uuid7
 from collector.guards.config import GuardsConfig

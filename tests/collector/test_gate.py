@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from collector.audit import Auditor
+from collector.auditor import Auditor
 from collector.context import exchange
 from collector.gate import Gate
 from tests.collector.gating import BODY, CHAT, Site, lifespan

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from collector.audit import Auditor, Blocked, EngineRequest
+from collector.audit import Blocked, EngineRequest
+from collector.auditor import Auditor
 from collector.context import Exchange, exchange
 from collector.event import Media
 from collector.gate import Gate, _tell_unknown_routes

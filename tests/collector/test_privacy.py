@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from collector.audit import Auditor, EngineRequest
+from collector.audit import EngineRequest
+from collector.auditor import Auditor
 from collector.doors import Identity
 from collector.guards.config import GuardsConfig
 from collector.guards.stack import GuardStack
