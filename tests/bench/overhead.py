@@ -121,9 +121,8 @@ def servers(part: str, folder: Path, names: Sequence[str]) -> Iterator[list[Serv
                     )
                 )
             made.append(Server(name, started[-1], port, api_key))
-        for server in made:
-            server.wait_ready()
-            print(f"{part}: {server.name} is up", file=sys.stderr, flush=True)
+            made[-1].wait_ready()  # one after the other: all at once they keep each other from getting up
+            print(f"{part}: {name} is up", file=sys.stderr, flush=True)
         yield made
     finally:
         for process in started:
