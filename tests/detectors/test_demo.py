@@ -25,7 +25,8 @@ def raised(traffic: Traffic, seed: int) -> list[Finding]:
     return run(lay_out(traffic.events, layout), CONFIG, batch=500, seed=seed).findings
 
 
-SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(8, 20))]
+LONG, SOAK = pytest.mark.long, pytest.mark.soak
+SEEDS = [*range(8), *(pytest.param(seed, marks=LONG if seed < 12 else SOAK) for seed in range(8, 20))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
