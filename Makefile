@@ -5,6 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 UV := .venv-uv/bin/uv
 SYNC := $(UV) pip sync --quiet --require-hashes
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile
 export PYTHONUNBUFFERED := 1
 
 .PHONY: install engine guards demo test lint format bench soak soak-short requirements clean help
@@ -72,11 +73,10 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	  python=.venv/bin/python; case $$name in collector|overhead) python=.venv-engine/bin/python;; esac; $$python -m tests.bench.$$name --json; done
 
 soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 1,000 schedules, each fault of the crash battery
-	.venv/bin/python -m pytest -q -m long tests/collector tests/streams tests/detectors
+	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/collector tests/streams tests/detectors
 	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
 	@[ ! -x .venv-guards/bin/python ] || .venv-guards/bin/python -m pytest -q tests/guards
-	INFERWATCH_SCHEDULES=1000 .venv/bin/python -m pytest -q tests/sim/test_schedules.py
-	INFERWATCH_SOAK_ROUNDS=11 .venv/bin/python -m pytest -q -s tests/soak/test_battery.py $(ARGS)
+	INFERWATCH_SCHEDULES=1000 INFERWATCH_SOAK_ROUNDS=11 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -rP tests/sim/test_schedules.py tests/soak/test_battery.py $(ARGS)
 
 soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them
 	INFERWATCH_SOAK_ROUNDS=200 .venv/bin/python -m tests.run --soak $(ARGS)

@@ -1,7 +1,7 @@
 """Runs the test suite as `make test` and CI do: two pytest sessions, one after the other, one summary at the end.
 
-The analysis side runs in this interpreter's environment, the engine's tests in `.venv-engine` where that exists. Each
-session has one broker and, where it needs it, one engine; side by side they only slow each other down on two cores.
+The analysis side runs in this interpreter's environment, file by file on two workers with a broker each; the engine's
+tests in `.venv-engine`, where that exists, with one engine, which has both cores to itself.
 Exit status 1 when anything failed or no test ran at all.
 """
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE_PYTHON = ROOT / ".venv-engine" / "bin" / "python"
+SIDE_BY_SIDE = ["--numprocesses=2", "--dist=loadfile"]
 
 
 class Totals(NamedTuple):
@@ -58,7 +59,7 @@ def main() -> int:
     options, passed_on = parser.parse_known_args()
     chosen = ["-m", "soak" if options.soak else "not soak and not long", *passed_on]
     began = time.monotonic()
-    counted = [run(Path(sys.executable), ["--ignore=tests/engine", *chosen])]
+    counted = [run(Path(sys.executable), ["--ignore=tests/engine", *SIDE_BY_SIDE, *chosen])]
     if ENGINE_PYTHON.exists():
         counted.append(run(ENGINE_PYTHON, ["tests/engine", *chosen]))
     passed, failed, skipped = (sum(column) for column in zip(*counted, strict=True))

@@ -20,7 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.collector_servers import Batch, Shape, body, engines, measure, standins
+from tests.bench.batches import Batch, Shape, body, measure
+from tests.bench.servers import NO_GUARD, Part, side_by_side
 
 Pair = dict[str, Batch]
 STANDIN = {
@@ -34,14 +35,18 @@ ENGINE = {
     "answer_busy": Shape(12, output_tokens=32, clients=8, share=0.5),
     "stream": Shape(12, output_tokens=8, stream=True, share=0.15),
 }
-PARTS: dict[str, tuple[Any, dict[str, Shape]]] = {"standin": (standins, STANDIN), "engine": (engines, ENGINE)}
+PARTS: dict[Part, dict[str, Shape]] = {"standin": STANDIN, "engine": ENGINE}
 
 
-def pairs_of(part: str, pairs: int, requests: int, draw: random.Random) -> dict[str, list[Pair]]:
+def pairs_of(part: Part, pairs: int, requests: int, draw: random.Random) -> dict[str, list[Pair]]:
     """All pairs of all shapes of one part; the first round warms up and is dropped."""
-    started, shapes = PARTS[part]
+    shapes = PARTS[part]
     raw: dict[str, list[Pair]] = {shape: [] for shape in shapes}
-    with tempfile.TemporaryDirectory(prefix="inferwatch-bench-") as folder, started(Path(folder)) as both:
+    wanted = {"bare": None, "wrapped": NO_GUARD}
+    with (
+        tempfile.TemporaryDirectory(prefix="inferwatch-bench-") as folder,
+        side_by_side(part, Path(folder), wanted) as both,
+    ):
         for pair in range(-1, pairs):
             for name, shape in shapes.items():
                 bodies = [body(draw, shape) for _ in range(max(8, round(requests * shape.share)))]

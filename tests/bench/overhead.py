@@ -13,38 +13,32 @@ judgement is kept. There is no router sanitizer. The last line printed is one JS
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import httpx
 
-from collector.identity import create_key_file
-from inferwatch.keys import add_api_key
-from inferwatch.tiny_model import write_tiny_model
-from tests.bench.collector_servers import ENVIRONMENT, FLAGS, Server, Shape
-from tests.conftest import ROOT, RunningBroker
+from tests.bench.batches import Shape
+from tests.bench.servers import NO_GUARD, Part, Server, side_by_side
 
-FULL: Final = '["injection", "secrets", "pii"]'
-SETUPS: Final[Mapping[str, tuple[str, str]]] = {
-    "bare": ("", ""),
-    "audit": ("[]", ""),
-    "classifier": ('["injection"]', ""),
-    "full": (FULL, ""),
-    "full, held whole": (FULL, "hold_back_chars = 0"),
-    "with leakage": ('["injection", "secrets", "pii", "leakage"]', ""),
+FULL: Final = '[collector.guards]\norder = ["injection", "secrets", "pii"]\n'
+SETUPS: Final[Mapping[str, str | None]] = {
+    "bare": None,
+    "audit": NO_GUARD,
+    "classifier": '[collector.guards]\norder = ["injection"]\n',
+    "full": FULL,
+    "full, held whole": f"{FULL}[collector.gate]\nhold_back_chars = 0\n",
+    "with leakage": '[collector.guards]\norder = ["injection", "secrets", "pii", "leakage"]\n',
 }
-"""Order of guards and what the gate has otherwise."""
-SHAPES: Final[Mapping[str, Mapping[str, Shape]]] = {
+"""What each server's configuration has."""
+SHAPES: Final[Mapping[Part, Mapping[str, Shape]]] = {
     "engine": {
         "answer": Shape(100, output_tokens=64, clients=4),
         "stream": Shape(100, output_tokens=256, stream=True, share=0.4),
@@ -91,78 +85,6 @@ def body(draw: random.Random, shape: Shape) -> bytes:
     text = f"Could you tell me about order {draw.getrandbits(48)}: {' '.join(words)}?"
     request = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": shape.output_tokens}
     return json.dumps({**request, "ignore_eos": True, "stream": shape.stream}).encode()
-
-
-@contextmanager
-def servers(part: str, folder: Path, names: Sequence[str]) -> Iterator[list[Server]]:
-    """These servers, up and warm."""
-    broker = RunningBroker(folder / "kafka")
-    broker.start()
-    model = write_tiny_model(folder / "tiny") if part == "engine" else Path()
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        made = []
-        for number, name in enumerate(names):
-            home = folder / f"server-{number}"
-            config, api_key = _configuration(home, broker, *SETUPS[name])
-            command = _command(part, model, bare=name == "bare")
-            port = _free_port()
-            surroundings = {**os.environ, **ENVIRONMENT}
-            if name != "bare":
-                surroundings["INFERWATCH_CONFIG"] = str(config)
-            with (home / "log").open("wb") as out:
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", *command, str(port)],
-                        cwd=ROOT,
-                        env=surroundings,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-            made.append(Server(name, started[-1], port, api_key))
-            made[-1].wait_ready()  # one after the other: all at once they keep each other from getting up
-            print(f"{part}: {name} is up", file=sys.stderr, flush=True)
-        yield made
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        broker.stop()
-
-
-def _command(part: str, model: Path, *, bare: bool) -> list[str]:
-    if part == "standin":
-        return ["tests.bench.standin_server", "bare" if bare else "wrapped"]
-    entry = "vllm.entrypoints.cli.main" if bare else "inferwatch.cli"
-    return [entry, "serve", str(model), *FLAGS, "--port"]
-
-
-def _configuration(home: Path, broker: RunningBroker, order: str, gate: str) -> tuple[Path, str]:
-    home.mkdir()
-    create_key_file(home / "keys" / "default.key")
-    api_key, _ = add_api_key(home / "api-keys.toml", tenant="default", user="bench", on_behalf=False)
-    config = home / "inferwatch.toml"
-    config.write_text(
-        f'data_dir = "{home}"\n[kafka]\nbootstrap_servers = "{broker.bootstrap}"\n'
-        f'[collector]\ncollector_id = "{home.name}"\n[collector.gate]\n{gate}\n'
-        f'[collector.identity]\nkey_dir = "{home}/keys"\n'
-        f'api_keys_file = "{home}/api-keys.toml"\n[collector.journal]\ndir = "{home}/journal"\n'
-        f"[collector.guards]\norder = {order or '[]'}\n"
-    )
-    return config, api_key
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def measure(server: Server, bodies: Sequence[bytes], shape: Shape) -> Batch:
@@ -215,10 +137,14 @@ def memory_mib(server: Server) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
-def run_part(part: str, names: Sequence[str], rounds: int, requests: int, draw: random.Random) -> dict[str, Any]:
+def run_part(part: Part, names: Sequence[str], rounds: int, requests: int, draw: random.Random) -> dict[str, Any]:
     """The rows of one part, a server each."""
     raw: dict[str, dict[str, list[Batch]]] = {name: {shape: [] for shape in SHAPES[part]} for name in names}
-    with tempfile.TemporaryDirectory(prefix="inferwatch-bench-") as folder, servers(part, Path(folder), names) as made:
+    wanted = {name: SETUPS[name] for name in names}
+    with (
+        tempfile.TemporaryDirectory(prefix="inferwatch-bench-") as folder,
+        side_by_side(part, Path(folder), wanted) as made,
+    ):
         for number in range(-1, rounds):
             for shape_name, shape in SHAPES[part].items():
                 bodies = [body(draw, shape) for _ in range(max(8, round(requests * shape.share)))]
@@ -249,7 +175,7 @@ def _row(batches: Sequence[Batch], bare: Sequence[Batch]) -> dict[str, Any]:
     }
 
 
-def goals(parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def goals(parts: Mapping[Part, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each figure that has a goal; what was not run has measured null."""
     rows = []
     for name, goal in GOALS.items():
