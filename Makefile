@@ -73,7 +73,7 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 	  python=.venv/bin/python; case $$name in collector|overhead) python=.venv-engine/bin/python;; esac; $$python -m tests.bench.$$name --json; done
 
 soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 1,000 schedules, each fault of the crash battery
-	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/collector tests/streams tests/detectors
+	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/collector tests/streams tests/detectors tests/sim
 	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
 	@[ ! -x .venv-guards/bin/python ] || .venv-guards/bin/python -m pytest -q tests/guards
 	INFERWATCH_SCHEDULES=1000 INFERWATCH_SOAK_ROUNDS=11 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -rP tests/sim/test_schedules.py tests/soak/test_battery.py $(ARGS)

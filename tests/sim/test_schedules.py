@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.sim.schedule import Simulation, draw, run_schedule
 
-SCHEDULES = int(os.environ.get("INFERWATCH_SCHEDULES", "300"))
+SCHEDULES = int(os.environ.get("INFERWATCH_SCHEDULES", "100"))
 PROCESSES = 2
 
 
