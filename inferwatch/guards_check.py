@@ -75,7 +75,7 @@ def check(  # noqa: PLR0917  # the options of the command line
         if fresh:
             file.unlink(missing_ok=True)
         with State(file, plan) as state:
-            with _progress() as tick:
+            with progress("judging") as tick:
                 judge_all(stack, found, plan, state, tick)
             said = state.said
             record = CheckRecord(
@@ -143,21 +143,21 @@ def _signer(settings: Config) -> "Signer | None":
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error; nothing where that is no terminal."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn  # noqa: PLC0415
 
     console = Console(stderr=True)
     with Progress(
-        "judging",
+        what,
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("judging", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -16,7 +16,8 @@ COMMANDS = (
     ("backtest",),
     ("config", "check"), ("config", "example"), ("keys", "create"), ("keys", "api"), ("keys", "operator"),
     ("keys", "renew"), ("keys", "revoke"), ("keys", "epochs"), ("keys", "rotate"), ("keys", "shred"), ("lookup",),
-    ("record",), ("dashboards", "export"), ("guards", "check"), ("guards", "train"), ("doctor",),
+    ("record",), ("dashboards", "export"), ("guards", "check"), ("guards", "train"), ("guards", "bank"),
+    ("doctor",),
 )  # fmt: skip
 
 
