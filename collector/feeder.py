@@ -383,4 +383,5 @@ class Feeder:
                 "refused_batches": self._sender.refused,
             },
             "levels": {"in_flight": len(book.open), "journal_bytes": book.journal.bytes} if book else {},
+            "guard_drift": counters.guards.drift if counters.guards is not None else {},
         }

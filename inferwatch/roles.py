@@ -140,18 +140,29 @@ async def _from_store(config: Config, end_us: int | None) -> AsyncIterator[Findi
             yield finding
 
 
+def _drift(told: object) -> str:
+    """Which guard's scores are farthest from what they were, at which stage, and how far; empty where none moved."""
+    if not isinstance(told, dict) or not told:
+        return ""
+    where, worst = max(told.items(), key=lambda each: float(each[1]))
+    return f"{where} {worst:.2f}"
+
+
 async def print_status(config: Config, *, as_json: bool) -> int:
     """The newest health record of every process; exit status 1 when one is silent, not ready, or there is none."""
     records = await read_status(config.kafka)
     if as_json:
         print(orjson.dumps(records).decode())
     else:
-        table = Table("role", "state", "lag", "watermark", "late", "drops", "version", "config", "last seen", box=None)
+        columns = ("lag", "watermark", "late", "drops", "guard drift", "version", "config", "last seen")
+        table = Table("role", "state", *columns, box=None)
         for record in records:
             state = "silent" if record["silent"] else str(record.get("why") or "ready")
             watermark = str(record.get("watermark") or "–").partition("T")[2].partition("+")[0] or "–"
-            cells = (record.get(key, "") for key in ("late", "drops", "version", "config_digest"))
-            told = [str(record["role"]), state, str(record.get("lag", "")), watermark, *(str(cell) for cell in cells)]
-            table.add_row(*told, f"{record['age_s']} s ago")
+            lag, late, drops, release, digest = (
+                str(record.get(key, "")) for key in ("lag", "late", "drops", "version", "config_digest")
+            )
+            told = (lag, watermark, late, drops, _drift(record.get("guard_drift")), release, digest)
+            table.add_row(str(record["role"]), state, *told, f"{record['age_s']} s ago")
         Console().print(table if records else "No process has written its health yet.")
     return 0 if records and all(record.get("ready") and not record["silent"] for record in records) else 1

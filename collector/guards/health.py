@@ -129,12 +129,17 @@ class Health:
                 "canaries_failed": {name: count for name, count in self._failed.items() if count},
                 "guards_unhealthy": sorted(name for name, wrong in self._wrong.items() if wrong),
                 "guard_scores": {f"{name}/{stage}": list(each.all) for (name, stage), each in self._scores.items()},
-                "guard_drift": {
-                    f"{name}/{stage}": round(each.drift, 4)
-                    for (name, stage), each in self._scores.items()
-                    if each.drift
-                },
+                "guard_drift": self._drift(),
             }
+
+    @property
+    def drift(self) -> Mapping[str, float]:
+        """By `GUARD/STAGE`, where it is known: the index between the first scores and the last."""
+        with self._lock:
+            return self._drift()
+
+    def _drift(self) -> dict[str, float]:
+        return {f"{name}/{stage}": round(each.drift, 4) for (name, stage), each in self._scores.items() if each.drift}
 
     @property
     def failed(self) -> int:

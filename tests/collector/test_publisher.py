@@ -14,10 +14,12 @@ import pytest
 
 from collector import event as events
 from collector.event import AuditEvent, Heartbeat, Hello, Integrity, Rejection
+from collector.guards.health import DRIFT_TOLD, REFERENCE_SCORES, Health
 from collector.identity import Pseudonyms
 from collector.journal import JournalBusy, dead_boots
 from collector.kafka import BrokerAway, KafkaConfig, make_consumer
 from collector.publisher import ClockApart, Closed, system_clock_us
+from tests.collector.guards.test_stack import ActingGuard
 from tests.collector.publishing import (
     KNOWN,
     Maker,
@@ -181,8 +183,13 @@ def test_no_broker_at_the_start_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_health_record_is_written(make: Maker) -> None:
-    """On the status topic, keyed by process: lag, drops, what the collector counts."""
+    """On the status topic, keyed by process: lag, drops, what the collector counts, how far guards have drifted."""
     publisher = make(status_ms=100)
+    guard = ActingGuard()
+    publisher.counters.guards = health = Health((guard,), lambda *_: None)
+    for score in (0.1, 0.9):
+        for _ in range(REFERENCE_SCORES):
+            health.scored(guard, "input", score)
     publisher.start()
     ask(publisher, 1)
     time.sleep(0.6)
@@ -204,6 +211,8 @@ def test_the_health_record_is_written(make: Maker) -> None:
     last = records[-1][1]
     assert (last["process_id"], last["role"], last["state"]) == (process_id, "collector", "running")
     assert (last["totals"]["events"], last["drops"], last["ready"]) == (1, 0, True)
+    assert last["guard_drift"] == health.told()["guard_drift"]
+    assert last["guard_drift"]["injection/input"] > DRIFT_TOLD
 
 
 def test_no_text_is_anywhere(make: Maker, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
