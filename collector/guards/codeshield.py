@@ -4,7 +4,8 @@
 guards`). As installed it fails open in four ways, each of which is an error here or put right: a semgrep that scans no
 file and exits 0, a semgrep that fails, a regex hit that ends the search before semgrep looked, and an exception that
 reads as "nothing found". Besides, it leaves the code that it looked at behind in the temporary folder. So semgrep is
-run by us, with a limit and in a folder of its own that goes, and at start each half must find what it alone knows.
+run by us, with a limit, in a folder of its own that goes, and on a leash: it ends with the process that asked. At start
+each half must find what it alone knows.
 
 What blocks is by kind of flaw (CWE): a call of `md5` is reported, a shell command made of input is blocked.
 """
@@ -18,6 +19,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -28,6 +30,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 
 from collector.event import Stage
+from collector.guards import leash
 from collector.guards.protocol import (
     ALONE,
     Context,
@@ -229,14 +232,17 @@ async def _run_semgrep(command: list[str]) -> str:
         "PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder), "SEMGREP_SEND_METRICS": "off",
         "SEMGREP_ENABLE_VERSION_CHECK": "0",
     }  # fmt: skip
+    end, held = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *(sys.executable, "-I", "-S", leash.__file__, *command),
+        stdin=end,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
         env=environment,
         cwd=folder,
         start_new_session=True,
     )
+    os.close(end)
     try:
         said, _ = await asyncio.wait_for(process.communicate(), timeout_s)
     except TimeoutError:
@@ -245,6 +251,7 @@ async def _run_semgrep(command: list[str]) -> str:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             await process.wait()
+        os.close(held)
     try:
         told = json.loads(said[: _OUTPUT_BYTES_MAX + 1])
         scanned = told["paths"]["scanned"]
