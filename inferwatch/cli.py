@@ -1,14 +1,11 @@
 """The command line: `inferwatch …`. Each command loads only its room, and says one sentence when it fails."""
 
 import asyncio
-import os
-import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
 
 from inferwatch import (
@@ -23,6 +20,7 @@ from inferwatch import (
     topics_cli,
 )
 from inferwatch.config import Config, describe, load
+from inferwatch.entry import telling
 from inferwatch.options import MOMENTS, ConfigOption, JsonOption, Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -238,34 +236,9 @@ def show_version() -> None:
     typer.echo(version("inferwatch"))
 
 
-def _log_to_stderr() -> None:
-    """Standard output is for answers; logs are plain lines elsewhere, without colours in a file."""
-    structlog.configure(
-        processors=[
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.add_log_level,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(os.environ.get("INFERWATCH_LOG_LEVEL", "info")),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
 def main() -> None:
-    """The entry point: a failure is one sentence on standard error and exit status 1; 130 after Ctrl-C."""
-    _log_to_stderr()
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if os.environ.get("INFERWATCH_TRACEBACK"):
-            raise
-        known = isinstance(error, ValueError | OSError | RuntimeError)
-        said = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
-        hint = "" if known else " (INFERWATCH_TRACEBACK=1 shows where)"
-        typer.echo(f"inferwatch: {said}{hint}", err=True)
-        sys.exit(1)
+    """All commands, but the short way to a sidecar (`inferwatch.entry`)."""
+    telling(app)
 
 
 if __name__ == "__main__":

@@ -6,37 +6,28 @@ are never values here, only paths to files (`…_file`) that hold them.
 
 import difflib
 import hashlib
-import os
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self, cast, get_args, get_origin
+from typing import Self, cast, get_args, get_origin
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from collector.config import CollectorConfig, TrustConfig
 from collector.kafka import KafkaConfig
 from dashboards.config import DashboardsConfig
 from detectors.config import DetectConfig
+from inferwatch.settings import ConfigError, Settings, tables
 from sinks.config import SinksConfig, StoreConfig
 from streams.config import BrokerSettings, StreamsConfig
 
-CONFIG_VARIABLE: Final = "INFERWATCH_CONFIG"
 
-
-class ConfigError(ValueError):
-    """The configuration can't be used; the message is one sentence for each problem."""
-
-
-class Config(BaseSettings):
+class Config(Settings):
     """Everything an inferwatch process can be told. Unknown keys are refused by name."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="INFERWATCH_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     data_dir: Path = Field(Path(".inferwatch"), description="Where processes keep their data, logs and run files.")
     broker: BrokerSettings = Field(BrokerSettings(), description="The development Kafka of `inferwatch broker`.")
@@ -56,18 +47,6 @@ class Config(BaseSettings):
             held = self.dashboards.model_copy(update={"alert_budget": self.detect.alert_budget})
             object.__setattr__(self, "dashboards", held)  # the model is frozen once it is made
         return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  # the signature is pydantic-settings'
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment before the file; no .env file and no secrets folder."""
-        return env_settings, init_settings
 
     def digest(self) -> str:
         """Twelve hex digits over all settings: two processes with the same digest run the same configuration."""
@@ -92,20 +71,9 @@ def load(path: Path | None = None) -> Config:
 
     Raises `ConfigError` where the file is missing, no TOML, or has a key or value that can't be used.
     """
-    named = path or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    file = named or Path("inferwatch.toml")
-    values: Mapping[str, object] = {}
-    if named is not None or file.exists():
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such configuration file; `inferwatch config example` prints one") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: can't be read ({type(error).__name__})") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    file, values = tables(path)
     try:
-        return Config(**values)  # type: ignore[arg-type]  # pydantic checks the values at run time
+        return Config(**values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(file, problem) for problem in error.errors())) from None
 

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import orjson
 import structlog
 
-from inferwatch.config import CONFIG_VARIABLE
+from inferwatch.settings import CONFIG_VARIABLE
 
 log = structlog.get_logger(__name__)
 

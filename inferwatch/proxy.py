@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from collector import cores
 from collector.proxy_config import ProxyConfig
 from collector.startup import check
-from inferwatch.config import Config, ConfigError
+from inferwatch.config import Config
+from inferwatch.settings import ConfigError
 
 log = structlog.get_logger(__name__)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from collector.startup import check
-from inferwatch.config import CONFIG_VARIABLE, ConfigError, load
+from inferwatch.config import load
 from inferwatch.refused import ServeRefused, check_command_line, check_environment
+from inferwatch.settings import CONFIG_VARIABLE, ConfigError
 
 GATE: Final = "inferwatch.vllm.Gate"
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-from inferwatch.config import CONFIG_VARIABLE
+from inferwatch.settings import CONFIG_VARIABLE
 
 failure: str | None = None
 """Why the gate did not open, for whoever runs the server in this process: vLLM itself then ends with status 0."""

@@ -38,6 +38,8 @@ SUBJECTS = ("the train to the coast", "our new office", "a birthday cake", "the 
 VERBS = ("Explain", "Tell me more about", "Write two lines on", "What is good about", "Summarise what you know of")
 TEXTS = [f"{verb} {subject}, please, and keep it short." for verb in VERBS for subject in SUBJECTS]
 WORKER, BELOW, WHOLE = "one worker of two", "all but the keeper", "all, started again at once"
+SHORT, LONG = "inferwatch.entry", "inferwatch.cli"
+"""What `inferwatch guards serve` begins with, and with what it would without the short way."""
 SECONDS, ROUNDS, THREADS = 5.0, 5, 16
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -94,7 +96,7 @@ class Load:
 class Sidecar:
     """`inferwatch guards serve`, pinned to `cores`."""
 
-    def __init__(self, folder: Path, cores: set[int], workers: int) -> None:
+    def __init__(self, folder: Path, cores: set[int], workers: int, entry: str = SHORT) -> None:
         self.config = GuardsConfig.model_validate(
             {
                 "workers": THREADS,
@@ -104,6 +106,7 @@ class Sidecar:
                 "secrets": {"where": "sidecar"},
             }
         )
+        self._command = [sys.executable, "-c", f"from {entry} import main; main()", "guards", "serve"]
         self._toml, self._cores, self._log = folder / "inferwatch.toml", cores, folder / "sidecar.log"
         self._toml.write_text(
             f'[collector.guards.sidecar]\nsocket = "{folder}/guards.sock"\nworkers = {workers}\n'
@@ -113,12 +116,11 @@ class Sidecar:
 
     def start(self) -> None:
         """As a service manager does."""
-        command = [sys.executable, "-c", "from inferwatch.cli import main; main()", "guards", "serve"]
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self._cores)  # inherited
         try:
             with self._log.open("ab") as log:
-                self._popen = subprocess.Popen([*command, "--config", str(self._toml)], stdout=log, stderr=log)
+                self._popen = subprocess.Popen([*self._command, "--config", str(self._toml)], stdout=log, stderr=log)
         finally:
             os.sched_setaffinity(0, before)
 
@@ -238,6 +240,31 @@ def killed(what: str, seconds: float = 4.0) -> dict[str, Any]:
     }
 
 
+def started(rounds: int) -> dict[str, Any]:
+    """From the start of the process to the first verdict of a server that waits for it, by each entry in turn."""
+    took: dict[str, list[tuple[float, float]]] = {SHORT: [], LONG: []}
+    for _ in range(rounds):
+        for entry, found in took.items():
+            with tempfile.TemporaryDirectory() as folder:
+                start_s = time.monotonic()
+                sidecar = Sidecar(Path(folder), os.sched_getaffinity(0), 1, entry)
+                stack = GuardStack(sidecar.config)
+                try:
+                    (told, *_) = stack.judge([("input", TEXTS[0])])
+                    assert not told.error
+                    found.append((time.monotonic() - start_s, cpu_s(sidecar.pids)))
+                finally:
+                    stack.close()
+                    sidecar.stop()
+    return {
+        entry: {
+            "first_verdict_s": summary([wall_s for wall_s, _ in found]),
+            "cpu_s_of_all_processes": summary([used_s for _, used_s in found]),
+        }
+        for entry, found in took.items()
+    }
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Of repeated runs."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "repetitions": len(values)}
@@ -258,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sidecar and server on one core": rate(THREADS, together, options.seconds, options.rounds),
         "one request at a time": rate(1, apart, options.seconds, 2),
         **{f"killed: {what}": killed(what) for what in (WORKER, BELOW, WHOLE)},
+        "from start to first verdict": started(options.rounds),
     }
     kills = [figures[f"killed: {what}"] for what in (WORKER, BELOW, WHOLE)]
     by_itself = [each["back_s"] for each in kills[:2]]

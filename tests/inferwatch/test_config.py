@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from inferwatch.config import Config, ConfigError, describe, load
+from inferwatch.config import Config, describe, load
+from inferwatch.settings import ConfigError
 
 
 def write(folder: Path, text: str) -> Path:

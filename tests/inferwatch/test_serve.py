@@ -6,9 +6,9 @@ import pytest
 
 from collector.identity import KeyProblem, create_key_file
 from collector.kafka import BrokerAway
-from inferwatch.config import CONFIG_VARIABLE, ConfigError
 from inferwatch.keys import add_api_key
 from inferwatch.serve import GATE, ServeRefused, serve, set_environment, vllm_arguments
+from inferwatch.settings import CONFIG_VARIABLE, ConfigError
 
 ADDED = [
     *("--middleware", GATE, "--load-format", "safetensors", "--shutdown-timeout", "20"),

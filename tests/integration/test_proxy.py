@@ -21,9 +21,9 @@ from collector.event import AuditEvent, Goodbye, decode
 from collector.identity import create_key_file
 from collector.kafka import KafkaConfig, read_topic
 from collector.proxy_config import ProxyConfig
-from inferwatch.config import ConfigError
 from inferwatch.keys import add_api_key
 from inferwatch.proxy import proxy_config
+from inferwatch.settings import ConfigError
 from tests.collector.proxying import running
 from tests.collector.publishing import wait
 from tests.sim.ollama import Ollama
