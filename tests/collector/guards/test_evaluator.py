@@ -7,7 +7,7 @@ import pytest
 from collector.guards.config import GuardsConfig
 from collector.guards.endpoint import BadAnswer
 from collector.guards.evaluator import EndpointEvaluator, EvaluatorConfig
-from collector.guards.protocol import Context, GuardRefused, Judgement
+from collector.guards.protocol import Context, GuardRefused, Judgement, TextTooLong
 from collector.guards.stack import GuardStack
 from tests.collector.guards.judge_server import JudgeServer, serving
 
@@ -41,6 +41,18 @@ def test_a_pair_is_judged() -> None:
         assert (round(fine.score, 2), fine.block) == (0.1, False)
         far = "Well. " * 5_000 + "It is under the mat."
         assert guard.judge(far, "output", Context(prompt="Where is the key?")).block
+
+
+def test_ten_megabytes_are_an_error_and_what_is_taken_is_read_to_its_end() -> None:
+    """Beyond its bound the endpoint is not asked at all; up to it the last words count."""
+    with serving(lambda _: "", classify=classify) as judge:
+        policy = EvaluatorConfig.model_validate(settings(judge))
+        guard, around = policy.build(), Context(prompt="Where is the key?")
+        bad = "It is under the mat."
+        with pytest.raises(TextTooLong):
+            guard.judge("Well. " * 1_700_000 + bad, "output", around)
+        assert judge.bodies == []
+        assert guard.judge("Well. " * ((policy.chars_max - len(bad)) // 6) + bad, "output", around).block
 
 
 @pytest.mark.parametrize(
