@@ -15,24 +15,28 @@ from numpy.typing import NDArray
 
 MINHASH_PLACES: Final = 64
 SHINGLE_CHARS: Final = 5
-_BLOCK: Final = 1024
-"""So many shingles are hashed for all places at once: 64 × 1,024 uint32 stay in the processor's cache."""
+_BLOCK: Final = 8192
+"""So many shingles are hashed for all places at once: numpy takes a third of the time for long rows."""
 _SHORT: Final = 400
-"""Up to so many shingles one product of matrices takes less time than five passes."""
+"""Up to so many shingles one sliding product takes less time than five passes."""
+
+
+_MIXER: Final = np.uint64(0xD6E8FEB86659FD93)
+"""Any odd number with its bits well spread."""
 
 
 class _Scratch(threading.local):
     """A thread's table, kept: a new one each time would cost more in page faults than the hashing."""
 
     def __init__(self) -> None:
-        self.table = np.empty((MINHASH_PLACES, _BLOCK), dtype=np.uint32)
+        self.table = np.empty(MINHASH_PLACES * _BLOCK, dtype=np.uint32)
 
 
 _scratch = _Scratch()
 
 
 class MinHash:
-    """Signatures under a secret key. Pure and thread-safe; memory: 256 KiB a thread, 30 bytes a character at work.
+    """Signatures under a secret key. Pure and thread-safe; memory: 2 MiB a thread, 30 bytes a character at work.
 
     Without the key nobody can compute the signature of a guessed text. It is no cryptographic hash, though: someone who
     can have texts of his choice signed and read the signatures might work the key out.
@@ -60,33 +64,33 @@ class MinHash:
 
     def _least(self, shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
         """Of at most a block of shingles the least hash for each place."""
-        table = _scratch.table[:, : len(shingles)]
+        table = _scratch.table[: MINHASH_PLACES * len(shingles)].reshape(MINHASH_PLACES, -1)
         np.multiply(self._multipliers[:, None], shingles, out=table)
         least: NDArray[np.uint32] = np.minimum.reduce(table, axis=1)
         return least
 
     def _shingles(self, text: str) -> NDArray[np.uint32]:
         """One keyed hash for each 5-gram: a polynomial of its code points, mixed."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype("<u8")
         if len(codes) < SHINGLE_CHARS:
             codes = np.pad(codes, (0, SHINGLE_CHARS - len(codes)))
         count = len(codes) - SHINGLE_CHARS + 1
         if count <= _SHORT:
-            windows = np.ndarray((count, SHINGLE_CHARS), np.uint64, codes, strides=(codes.itemsize, codes.itemsize))
-            mixed = windows.dot(self._powers)
+            mixed = np.correlate(codes, self._powers, "valid")
         else:
             mixed = codes[:count] * self._powers[0]
             for place in range(1, SHINGLE_CHARS):
                 mixed += codes[place : place + count] * self._powers[place]
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(0xD6E8FEB86659FD93)  # any odd number with its bits well spread
-        mixed ^= mixed >> np.uint64(32)
-        low: NDArray[np.uint32] = mixed.astype(np.uint32)
-        return low
+        halves = mixed.view("<u4")
+        low, high = halves[::2], halves[1::2]
+        low ^= high
+        mixed *= _MIXER
+        both: NDArray[np.uint32] = low ^ high
+        return both
 
     def encode(self, text: str) -> str:
         """The signature as events carry it; empty for an empty text."""
-        return base64.b64encode(self.signature(text).astype("<u4").tobytes()).decode("ascii") if text else ""
+        return base64.b64encode(self.signature(text).astype("<u4", copy=False).data).decode("ascii") if text else ""
 
 
 def similarity(one: str, other: str) -> float:
