@@ -42,7 +42,10 @@ class PublisherConfig(BaseModel):
 
     heartbeat_ms: int = Field(250, ge=20, le=5000, description="A lane silent this long gets a heartbeat")
     linger_ms: int = Field(
-        50, ge=0, le=1000, description="Least time between two batches: a record that comes alone goes at once"
+        200,
+        ge=0,
+        le=1000,
+        description="Least time between two batches, at most heartbeat_ms: a record that comes alone goes at once",
     )
     batch_bytes: int = Field(192 * 1024, ge=4096, le=256 * 1024, description="Largest batch, before compression")
     clock_offset_max_ms: int = Field(5000, ge=1, description="Largest difference from the broker's clock at start")

@@ -38,6 +38,10 @@ log = structlog.get_logger(__name__)
 _PROBES: Final = 3
 """Records that measure the broker's clock; the one with the shortest round trip counts."""
 _MISHAP_PAUSE_S: Final = 1.0
+_SOON: Final = 0.5
+"""A lane that has been silent for this share of the time that asks for a heartbeat."""
+_PENDING_S: Final = 0.25
+"""How often it is looked whether a lane has many records without a checkpoint."""
 
 
 class ClockApart(RuntimeError):
@@ -242,7 +246,7 @@ class Feeder:
             if finishing and tail.at_end:
                 return
             # A record that comes alone goes at once; under load each batch costs the server some 0.5 ms, however small.
-            await asyncio.sleep(self._config.linger_ms / 1000)
+            await asyncio.sleep(min(self._config.linger_ms, self._config.heartbeat_ms) / 1000)
             self._idle = True
             if tail.at_end and not self._finishing:
                 await self._wake.wait()
@@ -264,6 +268,8 @@ class Feeder:
         while True:
             await asyncio.sleep(silence_s / 5)
             lanes, counts = set(book.silent(silence_s, tail.position)), (self._unaudited, self._canaries_failed)
+            if lanes:  # those that would be next go with them: a round for each costs much more than a heartbeat
+                lanes |= set(book.silent(silence_s * _SOON, tail.position))
             if counts != told:
                 lanes.add(0)  # the detector reads lane 0, and under load no lane is ever silent
             for partition in sorted(lanes):
@@ -303,7 +309,7 @@ class Feeder:
         loop, period_s = asyncio.get_running_loop(), self._evidence.checkpoint_ms / 1000
         made_s = loop.time()
         while True:
-            await asyncio.sleep(min(period_s, 0.05))
+            await asyncio.sleep(min(period_s, _PENDING_S))
             if loop.time() - made_s < period_s and checkpoints.pending() < self._evidence.checkpoint_records:
                 continue
             made_s = loop.time()

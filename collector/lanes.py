@@ -197,8 +197,8 @@ class Book:
         self, ticket: Ticket, shape: type[AuditEvent], fields: dict[str, Any], now_us: int, lane: Lane
     ) -> AuditEvent:
         latency_ms = min(_LATENCY_MS_MAX, max(0, now_us - ticket.started_us) / 1000)
-        values = {**_BLANK, "model_version": self._model_version, "latency_ms": latency_ms, **ticket.known, **fields}
-        return shape(**{**values, **self._stamp(now_us, lane, ticket.event_id)})
+        blank = {**_BLANK, "model_version": self._model_version, "latency_ms": latency_ms}
+        return shape(**{**blank, **ticket.known, **fields, **self._stamp(now_us, lane, ticket.event_id)})
 
     def _sound(self, event: AuditEvent, ticket: Ticket, now_us: int, lane: Lane) -> bytes:
         """The event's bytes; an integrity record's where no reader would take them."""
@@ -265,13 +265,18 @@ class Book:
         limit = self._monotonic() - silence_s
         return [p for p, lane in self.lanes.items() if lane.moved_s <= limit and lane.beat_end <= sent]
 
-    def mark(self, acked: dict[int, int]) -> None:
-        """Journal that Kafka has these lanes up to here. It only saves sending again after a crash."""
+    def mark(self, acked: dict[int, int]) -> tuple[Position, Position]:
+        """Journal that Kafka has these lanes up to here. It only saves sending again after a crash.
+
+        Returns the journal's end before and after.
+        """
         with self.section:
+            before = self.journal.end
             try:
                 self.journal.append(ack_body(acked))
             except JournalFull:
                 log.warning("no room in the journal to mark what Kafka has")
+            return before, self.journal.end
 
     def release(self, before: Position) -> None:
         """Drop the segments before a place; requests begun there and still open are written again at the end."""

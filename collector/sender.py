@@ -57,12 +57,19 @@ class Tail:
         self.acked = dict(acked or {})
         """The first seq of each lane that Kafka does not have."""
         self.position = self._reader.position
+        self._marked = (self.position, self.position)
+        """Where the last mark begins and ends."""
         self.damaged_bytes = 0
 
     @property
     def at_end(self) -> bool:
         """Whether Kafka has everything that the journal holds."""
-        return self.position >= self._book.journal.end
+        return self.position >= self.end
+
+    @property
+    def end(self) -> Position:
+        """The journal's end."""
+        return self._book.journal.end
 
     def next_round(self, batch_bytes: int, records_max: int) -> Round:
         """The next unacknowledged records; empty where the journal's end is reached."""
@@ -98,10 +105,12 @@ class Tail:
             if missing > 0:
                 self._book.counters.dropped += missing
             self.acked[partition] = lane[-1][0] + 1
-        self._book.mark({partition: self.acked[partition] for partition in stored})
+        self._marked = self._book.mark({partition: self.acked[partition] for partition in stored})
 
     def advance(self, end: Position) -> None:
         """Everything before `end` is in Kafka."""
+        start, after = self._marked
+        end = after if end == start else end  # what is behind it is our own mark
         moved = end.segment > self.position.segment
         self.position = end
         if moved:
@@ -157,13 +166,14 @@ class Sender:
         return self._producer
 
     async def drain(self, tail: Tail) -> None:
-        """Send until the journal's end is reached and acknowledged. Waits for as long as Kafka is away."""
+        """Send until what the journal held at the beginning is acknowledged. Waits for as long as Kafka is away."""
+        goal = tail.end
         while True:
             batch = tail.next_round(self._config.batch_bytes, self._records_max)
             if batch.records and not await self._send(tail, batch.records):
                 continue
             tail.advance(batch.end)
-            if not batch.records:
+            if not batch.records or tail.position >= goal:
                 return
 
     async def _send(self, tail: Tail, records: dict[int, list[Record]]) -> bool:
