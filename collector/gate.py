@@ -21,6 +21,7 @@ from collector import guard_api
 from collector.audit import Unaudited
 from collector.auditor import Auditor
 from collector.context import NOBODY, Exchange, exchange
+from collector.deadlines import Deadlines
 from collector.event import uuid7
 from collector.media import items
 from collector.prompt import Body, PromptView, TooDeep, views
@@ -69,6 +70,7 @@ class Gate:
         self._auditor: Auditor | None = None
         self._opening = asyncio.Lock()
         self._buffered_bytes = 0
+        self._body_deadlines = Deadlines(0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -105,6 +107,7 @@ class Gate:
                 _tell_unknown_routes(scope, self._routes)
                 if self._selftest is not None:
                     await self._selftest(scope, auditor)
+                self._body_deadlines = Deadlines(auditor.gate.body_timeout_s)
                 self._auditor = auditor
         return self._auditor
 
@@ -195,8 +198,7 @@ class Gate:
             self._buffered_bytes += size
 
         try:
-            async with asyncio.timeout(gate.body_timeout_s):
-                return await read_body(scope, receive, bytes_max, count)
+            return await self._body_deadlines.within(read_body(scope, receive, bytes_max, count))
         except TimeoutError:
             raise Refusal(408, "slow_body", "The request's body did not arrive in time.") from None
         finally:
@@ -231,7 +233,7 @@ class Gate:
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
             return [auditor.judge(view, caller, at_hand.route) for view in found]
 
-        inline = not large and not auditor.stages - {"output"}
+        inline = not large and not auditor.judges_prompts
         at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)
         return raw
 
