@@ -61,7 +61,7 @@ class Answer:
     @property
     def finish_reason(self) -> str:
         """The worst of the choices' reasons; empty while none has finished."""
-        reasons = set(self._finish.values())
+        reasons = self._finish.values()
         return next((reason for reason in _FINISH_ORDER if reason in reasons), min(reasons, default=""))
 
     def texts(self) -> list[str]:

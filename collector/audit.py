@@ -179,7 +179,9 @@ class Audit:
             fields["guardrail_results"] = [*judged, *verdicts][:64]
         if timing.ttft_ms is None and self.first_token_s:
             timing = timing._replace(ttft_ms=(self.first_token_s - self._started_s) * 1000)
-        fields |= {name: max(0.0, value) for name, value in timing._asdict().items() if value is not None}
+        for name, value in zip(Timing._fields, timing, strict=True):
+            if value is not None:
+                fields[name] = max(0.0, value)
         self._auditor.finish(self._ticket, fields)
         self.closed = True
         if self._tally is not None:

@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 STAGES: Final[tuple[Stage, ...]] = ("input", "retrieved", "tool", "output")
+CALLERS_MAX: Final = 4_096
+"""Callers whose pseudonyms are remembered; sessions never are, since their names may hold text."""
 _NOTHING: Final[Mapping[str, object]] = {}
 
 
@@ -67,6 +69,8 @@ class Auditor:
         guards.health.watch(canary_s)
         self.stages = guards.stages
         """The stages that some guard judges."""
+        self.judges_prompts = bool(guards.stages - {"output"})
+        self._callers: dict[tuple[str, str, str, str], Caller] = {}
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run blocking work on one of the judging threads."""
@@ -81,8 +85,11 @@ class Auditor:
 
     def caller(self, tenant: str, *, key_id: str = "", user: str = "", session: str = "", address: str = "") -> Caller:
         """The pseudonyms of names and an address under the tenant's key."""
-        names = self.identity.names(tenant, user)
-        return Caller(
+        names, who = self.identity.names(tenant, user), (tenant, key_id, user, address)
+        known = self._callers.get(who)
+        if known is not None and known.names is names and not session:
+            return known
+        caller = Caller(
             tenant=tenant,
             user_id=names.user(user),
             session_id=names.session(session),
@@ -92,21 +99,22 @@ class Auditor:
             key_epoch=names.epoch,
             names=names,
         )
+        if not session:
+            if len(self._callers) >= CALLERS_MAX:
+                self._callers.clear()
+            self._callers[who] = caller
+        return caller
 
     def judge(self, view: PromptView, caller: Caller, route: str = "") -> Judged:
         """Verdicts and digests of one prompt. Takes as long as the guards do: run it in a thread where it can be."""
         results: list[GuardResult] = []
-        context = Context(caller.tenant, route, view.system, view.prompt, self._names(caller).session)
-        if self.stages - {"output"}:
+        names, system, new = self._names(caller), view.system, view.new
+        context = Context(caller.tenant, route, system, view.prompt, names.session)
+        if self.judges_prompts:
             texts = [*view.texts(all_roles=self.gate.judge_all_roles), *marked(view, self.gate.markers)]
             results = self.guards.judge(texts, context)
             self.count_errors(results)
-        names, new = self._names(caller), view.new
-        digests = {
-            "turn_hash": names.digest(new),
-            "system_hash": names.digest(view.system),
-            "minhash": names.minhash(new),
-        }
+        digests = {"turn_hash": names.digest(new), "system_hash": names.digest(system), "minhash": names.minhash(new)}
         return Judged(view, results, self.guards.blocks(results, context), digests, context)
 
     def sift(self, operation: str, body: dict[str, Any], at_hand: Exchange, views: Sequence[PromptView]) -> None:
@@ -125,7 +133,7 @@ class Auditor:
 
     def drops(self, caller: Caller, route: str) -> bool:
         """Whether chunks can be taken out of this caller's requests."""
-        return self.guards.drops(Context(caller.tenant, route))
+        return self.judges_prompts and self.guards.drops(Context(caller.tenant, route))
 
     def judge_each(self, texts: Sequence[tuple[Stage, str]], context: Context) -> list[tuple[list[GuardResult], bool]]:
         """For each text its own verdicts, and whether they block. Blocking: run it in a thread."""
@@ -189,7 +197,7 @@ class Auditor:
         seen = 0 if at_hand is None else len(at_hand.media)
         if len(request.media) > seen and self.gate.media_policy(tenant) != "allow":
             return "media"  # no gate has seen all of it and asked for it
-        if request.text is None and self.stages - {"output"}:
+        if request.text is None and self.judges_prompts:
             return "unreadable"
         return ""
 

@@ -385,16 +385,17 @@ def _system_random() -> bytes:
             _drawn.extend(drawn[at : at + _RANDOM_BYTES] for at in range(0, len(drawn), _RANDOM_BYTES))
 
 
+_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+"""A random digit with its two upper bits as the RFC wants them."""
+
+
 def uuid7(clock_ns: Callable[[], int] = time.time_ns, random_bytes: Callable[[], bytes] = _system_random) -> str:
     """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 74 of randomness. Unguessable, sorts by time.
 
     `random_bytes`: gives 10 bytes.
     """
-    value = (clock_ns() // 1_000_000) << 80 | int.from_bytes(random_bytes(), "big")
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    digits = f"{value:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    ms, drawn = f"{clock_ns() // 1_000_000:012x}", random_bytes().hex()
+    return f"{ms[:8]}-{ms[8:]}-7{drawn[1:4]}-{_VARIANT[drawn[4]]}{drawn[5:8]}-{drawn[8:]}"
 
 
 def json_schema() -> dict[str, object]:

@@ -34,6 +34,10 @@ _OPAQUE: Final = frozenset(
 """Content that is no text; the bytes of it are not for text guards."""
 _NO_TEXT: Final = frozenset({"type", "id", "call_id", "tool_use_id", "tool_call_id", "cache_control", "status"})
 """Fields of a message or a part that name things and say nothing."""
+_FRAME: Final = frozenset({"tools", "functions", "chat_template", "documents", "chat_template_kwargs"})
+"""Fields of a body that say something beside its messages."""
+_PLAIN: Final = frozenset({"role", "content"})
+"""All that most messages have."""
 
 
 class TooDeep(ValueError):
@@ -79,7 +83,7 @@ class PromptView:
     @property
     def system(self) -> str:
         """All system text, NFC."""
-        return _joined(turn.text for turn in self.turns if turn.role == "system")
+        return _joined([turn.text for turn in self.turns if turn.role == "system"])
 
     @property
     def prompt(self) -> str:
@@ -92,13 +96,17 @@ class PromptView:
 
         Messages of the user with nothing between them are one turn. Without a user turn: all tool and retrieved text.
         """
-        last = max((place for place, turn in enumerate(self.turns) if turn.role == "user"), default=0)
+        last = len(self.turns) - 1
+        while last > 0 and self.turns[last].role != "user":
+            last -= 1
         while last > 0 and self.turns[last - 1].role == "user":
             last -= 1
         return _joined(
-            turn.text
-            for place, turn in enumerate(self.turns)
-            if turn.role == "document" or (place >= last and turn.role in _STAGES)
+            [
+                turn.text
+                for place, turn in enumerate(self.turns)
+                if turn.role == "document" or (place >= last and turn.role in _STAGES)
+            ]
         )
 
     def within(self, rendered: str) -> bool:
@@ -143,7 +151,7 @@ def views(operation: str, body: Body) -> tuple[PromptView, ...]:
     return found if len(found) <= VIEWS_MAX else ()
 
 
-def _joined(texts: Iterator[str]) -> str:
+def _joined(texts: Sequence[str]) -> str:
     return unicodedata.normalize("NFC", "\n".join(texts))
 
 
@@ -151,11 +159,13 @@ def _chat(body: Body) -> Iterator[PromptView]:
     messages = body.get("messages")
     if not isinstance(messages, Sequence) or not messages or isinstance(messages, str):
         return
-    frame = [*_tools(body), *_documents(body.get("documents"))]
-    conversations = messages if all(isinstance(entry, list) for entry in messages) else [messages]
-    for conversation in conversations:
+    several = isinstance(messages[0], list) and all(isinstance(entry, list) for entry in messages)
+    framed = not _FRAME.isdisjoint(body)
+    for conversation in messages if several else [messages]:
         turns = [turn for message in conversation for turn in _message(message)]
-        yield PromptView((*frame, *turns, *_template_arguments(body)), "messages")
+        if framed:
+            turns = [*_tools(body), *_documents(body.get("documents")), *turns, *_template_arguments(body)]
+        yield PromptView(tuple(turns), "messages")
 
 
 def _completion(body: Body) -> Iterator[PromptView]:
@@ -214,6 +224,9 @@ def _message(message: object) -> Iterator[Turn]:
         return
     role = _ROLES.get(str(message.get("role", "user")), "user")
     content = message.get("content")
+    if isinstance(content, str) and message.keys() == _PLAIN:
+        yield Turn(role, content)
+        return
     parts = content if isinstance(content, list) else [content]
     own = [text for part in parts if _part_role(part, role) == role and (text := _text(part))]
     rest = {key: value for key, value in message.items() if key not in ("role", "content", "documents")}

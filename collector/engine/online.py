@@ -119,11 +119,16 @@ class Audited(AsyncGenerator[Any, None]):
             close_quietly(self._audit, "aborted", reason="never started")
 
 
-async def answered(inner: Generator, audit: Audit, answer: Answer, auditor: Auditor) -> Generator:
+def answered(inner: Generator, audit: Audit, answer: Answer, auditor: Auditor) -> Generator:
     """The engine's outputs as the client may have them; the event is written before the last of them goes out."""
+    judged = "output" in auditor.stages
+    return _judged(inner, audit, answer, auditor) if judged else _passed(inner, audit, answer)
+
+
+async def _judged(inner: Generator, audit: Audit, answer: Answer, auditor: Auditor) -> Generator:
     watch: Watch[Any] = Watch(
         auditor,
-        audit if "output" in auditor.stages else None,
+        audit,
         cumulative=answer.kind != "delta",
         windows=answer.in_pieces,
         slack=answer.slack,
@@ -156,6 +161,24 @@ async def answered(inner: Generator, audit: Audit, answer: Answer, auditor: Audi
         with contextlib.suppress(BaseException):
             await inner.aclose()  # the engine says only now how many tokens it had generated
         raise failed(audit, error, answer, watch.verdicts) from None
+    finally:
+        await inner.aclose()
+
+
+async def _passed(inner: Generator, audit: Audit, answer: Answer) -> Generator:
+    try:
+        async for output in inner:
+            answer.see(output)
+            if answer.kind != "final":
+                audit.saw_tokens()
+            if output.finished:
+                status, code = ENDS.get(answer.finish_reason, ("ok", 200))
+                audit.close(status, answer=answer, timing=timing_of(output.metrics), http_status=code)
+            yield output
+    except BaseException as error:  # noqa: BLE001 - as above
+        with contextlib.suppress(BaseException):
+            await inner.aclose()
+        raise failed(audit, error, answer) from None
     finally:
         await inner.aclose()
 

@@ -157,14 +157,14 @@ class GuardStack:
 
     def blocks(self, results: Iterable[GuardResult], context: Context = ALONE) -> bool:
         """Whether these verdicts mean that the request is blocked. An error blocks where `on_error` says so."""
-        rules = {post.guard.name: post.rule for post in self._posts_for(context)}
+        failed = []
         for result in results:
             if result.decision == "block":
                 return True
-            rule = rules.get(result.guard)
-            if result.decision == "error" and (rule is None or rule.blocks_on_error(result.stage)):
-                return True
-        return False
+            if result.decision == "error":
+                failed.append(result)
+        rules = {post.guard.name: post.rule for post in self._posts_for(context)} if failed else {}
+        return any(result.guard not in rules or rules[result.guard].blocks_on_error(result.stage) for result in failed)
 
     def close(self) -> None:
         """Lets the idle threads end. Requests under way are finished; later ones get a thread for themselves."""
