@@ -202,7 +202,10 @@ def _agreement(first: str, second: str, plain: Mapping[str, Mapping[int, bool]])
 
 
 def _thresholds(stage: str, pairs: Sequence[_Pair], fpr: float) -> list[Threshold]:
-    """One for all harmless texts, one for each language with enough of them. None for a guard that gives no scores."""
+    """One for all harmless texts, one for each language with enough of them.
+
+    None for a guard that gives no scores, and where no score keeps the rate: too many harmless texts have 1.
+    """
     by_language: dict[str, list[_Pair]] = {}
     for pair in pairs:
         by_language.setdefault(pair[0].lang, []).append(pair)
@@ -218,6 +221,8 @@ def _threshold(stage: str, lang: str, pairs: Sequence[_Pair], fpr: float) -> Thr
     if len(harmless) < LANGUAGE_ROWS_MIN or len(np.unique(np.concatenate((attacks, harmless)))) < FOLDS:
         return None
     score = _above(harmless, fpr)
+    if score > 1:
+        return None
     chance = None
     if len(attacks):
         slope, offset = platt(attacks, harmless)
@@ -236,10 +241,13 @@ def _threshold(stage: str, lang: str, pairs: Sequence[_Pair], fpr: float) -> Thr
 
 
 def _above(harmless: Floats, fpr: float) -> float:
-    """The lowest score, to six digits, that at most `fpr` of the harmless texts reach; 1 where there is none."""
+    """The lowest score, to six digits, that at most `fpr` of the harmless texts reach; above 1 where there is none."""
     order = np.sort(harmless)[::-1]
     allowed = int(fpr * len(order))
-    return float(min(1.0, np.floor(order[min(allowed, len(order) - 1)] * 1e6 + 1) / 1e6))
+    passed = float(order[min(allowed, len(order) - 1)])
+    nearest = round(passed * 1e6)
+    # Compared as the floats that they are: the product may lie on either side of the whole number meant.
+    return nearest / 1e6 if nearest / 1e6 > passed else (nearest + 1) / 1e6
 
 
 def _curve(stage: str, pairs: Sequence[_Pair]) -> Curve:

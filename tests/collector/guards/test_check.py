@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -189,6 +190,28 @@ def test_a_threshold_keeps_the_rate_that_was_asked(tmp_path: Path) -> None:
     assert verdicts.curves[0].roc[0] == (0.0, 0.0)
     assert verdicts.curves[0].roc[-1] == (1.0, 1.0)
     assert sum(verdicts.curves[0].attacks) == 400
+
+
+@pytest.mark.parametrize("digits", [4, 6, 9, 17])
+def test_a_threshold_lies_above_what_must_pass(digits: int) -> None:
+    """Whatever the common score, in six digits or more: a text in five has it, and it is not blocked."""
+    chance = random.Random(11)
+    for common in [0.500006, 0.9999991, *(round(chance.uniform(0.2, 0.999), digits) for _ in range(20))]:
+        cases = [case(n, "x", attack=False) for n in range(200)]
+        said = [Said(n, PLAIN, "a", common if n < 40 else n / 1000, False, 1.0, 10) for n in range(200)]
+        limit = assess(cases, said, fpr=0.01).verdicts[0].thresholds[0]
+        assert (limit.fpr.value, limit.fpr_held_out.value) == (0, 0)
+        assert common < limit.score <= common + 1.000001e-6
+        assert float(f"{limit.score:.6f}") == limit.score
+
+
+def test_where_no_score_keeps_the_rate_none_is_proposed() -> None:
+    """A guard that gives 1 to one harmless text in fifty can't have one false alarm in a hundred; three it can."""
+    cases = [case(n, "x", attack=False) for n in range(200)]
+    said = [Said(n, PLAIN, "a", 1.0 if n < 4 else n / 1000, False, 1.0, 10) for n in range(200)]
+    assert assess(cases, said, fpr=0.01).verdicts[0].thresholds == []
+    limit = assess(cases, said, fpr=0.03).verdicts[0].thresholds[0]
+    assert limit.fpr == wilson(6, 200)
 
 
 def record(at: datetime = NOW, *, seen: bool = False) -> CheckRecord:
