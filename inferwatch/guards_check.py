@@ -60,14 +60,14 @@ def check(  # noqa: PLR0917  # the options of the command line
         raise ValueError("--show-text shows prompts on a terminal only: leave out --json, pipes and files")
     from collector.guards.assessment import assess  # noqa: PLC0415
     from collector.guards.check import FORMAT as PLAN_FORMAT  # noqa: PLC0415
-    from collector.guards.check import Plan, State, judge_all  # noqa: PLC0415
+    from collector.guards.check import Plan, State, judge_all, unsparing  # noqa: PLC0415
     from collector.guards.check_record import FOLDER, FORMAT, CheckRecord, signed, write  # noqa: PLC0415
     from collector.guards.stack import GuardStack  # noqa: PLC0415
 
     settings = load(config)
     found = _cases(datasets or [], harmless or [])
     folder = settings.data_dir / FOLDER
-    stack = GuardStack(settings.collector.guards)
+    stack = GuardStack(unsparing(settings.collector.guards))
     try:
         policy = settings_digest(settings.collector.guards)
         plan = Plan(PLAN_FORMAT, dict(found.digests), stack.versions, policy, disguised, seed)

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Final, Self
 
 import msgspec
+from pydantic import BaseModel
 
 from collector.guards.cases import Case, Cases
+from collector.guards.config import GuardsConfig
 from collector.guards.disguises import DISGUISES
 from collector.guards.stack import GuardStack
 
 PLAIN: Final = "plain"
 STACK: Final = "stack"
 """The name under which the stack as a whole is judged: it blocks where any of its guards does, as the policy says."""
-FORMAT: Final = 1
+FORMAT: Final = 2
 SYNC_EVERY: Final = 256
 """Judged texts between two syncs of the state."""
 
@@ -149,6 +151,22 @@ class State:
         if not good:
             self._out.write(head)
         return said
+
+
+def unsparing(config: GuardsConfig) -> GuardsConfig:
+    """The same guards, but each judges every text anew: nothing is sampled, for no tenant or route, nothing is kept."""
+    policies = {name: _unsampled(config.policy(name)) for name in config.known()}
+    return config.model_copy(update={"cache_entries": 0, **policies})
+
+
+def _unsampled(policy: BaseModel) -> BaseModel:
+    """A guard's table, or a tenant's or route's part of it."""
+    narrower = {
+        field: {name: _unsampled(part) for name, part in parts.items()}
+        for field in ("tenants", "routes")
+        if (parts := getattr(policy, field, None))
+    }
+    return policy.model_copy(update={"sample": 1.0, **narrower})
 
 
 def judge_all(stack: GuardStack, found: Cases, plan: Plan, state: State, tick: Callable[[int, int], None]) -> None:

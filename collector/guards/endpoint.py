@@ -133,7 +133,9 @@ class EndpointPolicy(GuardPolicy):
 
     def asked(self) -> object:
         """What decides a verdict, for the version: no key, no address."""
-        shown = self.model_dump(mode="json", exclude={"endpoint", "deadline_ms", "tenants", "probes"})
+        shown = self.model_dump(
+            mode="json", exclude={"endpoint", "deadline_ms", "sample", "tenants", "routes", "probes"}
+        )
         return (shown, None if self.endpoint is None else self.endpoint.model)
 
 

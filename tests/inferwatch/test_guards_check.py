@@ -151,6 +151,17 @@ def test_the_doctor_reads_the_record(place: Path) -> None:
     assert (changed.exit_code, "was changed after it was signed" in changed.stdout) == (1, True)
 
 
+def test_every_text_is_judged_whatever_is_sampled(place: Path) -> None:
+    """A guard that judges one request in a hundred is checked on all, and the doctor knows it again."""
+    with (place / "inferwatch.toml").open("a") as out:
+        out.write("[collector.guards.injection]\nsample = 0.01\n")
+    answer = run(*CHECK, "--disguised", "0", "--json")
+    (stack,) = (one for one in json.loads(answer.stdout)["assessment"]["verdicts"] if one["guard"] == "stack")
+    assert stack["overall"]["tpr"][0] > 0.9
+    doctor = run("doctor", "-c", "inferwatch.toml")
+    assert (doctor.exit_code, len(doctor.stdout.splitlines())) == (0, 1)
+
+
 def test_without_data_there_is_a_first_impression(place: Path) -> None:
     """Texts of our own, and the warning that the classifier knows them."""
     answer = run("guards", "check", "-c", "inferwatch.toml", "--disguised", "5")

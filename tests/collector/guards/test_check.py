@@ -1,5 +1,6 @@
 """A check goes on where it was killed, its figures are right, and its record can't be changed unseen."""
 
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from collector.event import Stage
 from collector.guards.assessment import Agreement, Assessment, assess
 from collector.guards.cases import Case, Cases
-from collector.guards.check import PLAIN, Plan, Said, State, StateInUse, judge_all, tasks
+from collector.guards.check import PLAIN, Plan, Said, State, StateInUse, judge_all, tasks, unsparing
 from collector.guards.check_record import CheckRecord, Remark, look, signed, write
 from collector.guards.config import GuardsConfig
 from collector.guards.disguises import DISGUISES
@@ -111,6 +112,31 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
         assert msgspec.json.decode(line, type=list[Said])
 
 
+def test_no_text_is_spared(tmp_path: Path) -> None:
+    """Sampling and kept judgements leave nothing out, for no tenant and no route; all else is as configured."""
+    route, sparing = "POST /v1/completions", {"sample": 0.2}
+    policy = {
+        **sparing, "threshold": 0.3, "routes": {route: sparing},
+        "tenants": {"t": {**sparing, "mode": "shadow", "routes": {route: sparing}}},
+    }  # fmt: skip
+    config = GuardsConfig.model_validate({"order": ["injection"], "injection": policy, "llamaguard": policy})
+    every = unsparing(config)
+    for tenant, at in itertools.product(("", "t", "u"), ("", route)):
+        for name in ("injection", "llamaguard"):
+            rule = config.policy(name).rule(tenant, at)
+            assert (rule.sample, every.policy(name).rule(tenant, at)) == (0.2, rule._replace(sample=1.0))
+    assert every.llamaguard.asked() == config.llamaguard.asked()  # its version, by which the doctor knows it
+    guard, plan = Counting(), plan_of(disguised=0)
+    found = Cases([case(n, "a bad request", attack=True) for n in range(30)], {})
+    stack = GuardStack(every, guards={"injection": guard})
+    with State(tmp_path / "s", plan) as state:
+        judge_all(stack, found, plan, state, lambda *_: None)
+        said = [(one.score, one.error, one.latency_ms > 0) for one in state.said if one.guard == "injection"]
+    stack.close()
+    assert said == [(0.9, "", True)] * 30
+    assert guard.calls == 2 + 30  # two calls are the self-test
+
+
 def test_the_state_holds_numbers_and_is_the_owners(tmp_path: Path) -> None:
     """No word of any text, file mode 0600, and one run at a time."""
     file = tmp_path / "state"
@@ -195,7 +221,7 @@ def test_a_threshold_keeps_the_rate_that_was_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("digits", [4, 6, 9, 17])
 def test_a_threshold_lies_above_what_must_pass(digits: int) -> None:
     """Whatever the common score, in six digits or more: a text in five has it, and it is not blocked."""
-    chance = random.Random(11)
+    chance = random.Random(11)  # noqa: S311 - scores, no secret
     for common in [0.500006, 0.9999991, *(round(chance.uniform(0.2, 0.999), digits) for _ in range(20))]:
         cases = [case(n, "x", attack=False) for n in range(200)]
         said = [Said(n, PLAIN, "a", common if n < 40 else n / 1000, False, 1.0, 10) for n in range(200)]
