@@ -64,10 +64,10 @@ def signed(record: CheckRecord, signer: Signer | None) -> CheckRecord:
 def write(record: CheckRecord, folder: Path) -> Path:
     """The record as a new file of the folder, readable by its owner alone, on disk when this returns."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = folder / f"check-{record.at:%Y%m%dT%H%M%S%fZ}.json"
+    file = folder / _name(record)
     beside = file.with_suffix(".new")
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+        out.write(_content(record))
         out.flush()
         os.fsync(out.fileno())
     beside.replace(file)
@@ -78,15 +78,17 @@ def look(
     folder: Path, *, now: datetime, versions: Mapping[str, str], policy: str, trusted: Mapping[str, str]
 ) -> list[Remark]:
     """What the newest record in the folder is worth for guards of these versions. `trusted`: key id to public key."""
-    files = sorted(folder.glob("check-*.json"))
+    files = sorted(folder.glob("check-*.json"), reverse=True)
     if not files:
         return [Remark("warning", "the guards were never checked here: run `inferwatch guards check` on data of yours")]
-    file = files[-1]
-    try:
-        record = msgspec.json.decode(file.read_bytes(), type=CheckRecord)
-    except (OSError, msgspec.DecodeError):
-        return [Remark("bad", f"{file} is no record of a check, or damaged")]
-    remarks = [_signature(file, record, trusted)]
+    remarks: list[Remark] = []
+    for file in files:
+        if (record := _read(file)) is not None:
+            break
+        remarks.append(Remark("bad", f"{file} is no record of a check, or damaged, or not the one of its name"))
+    else:
+        return remarks
+    remarks.append(_signature(file, record, trusted))
     if record.at > now + _SLACK:
         remarks.append(Remark("bad", f"{file} is dated in the future ({record.at:%Y-%m-%d})"))
     elif now - record.at > AGE_MAX:
@@ -104,6 +106,26 @@ def look(
     if record.seen_in_training:
         remarks.append(Remark("warning", "the check was on texts of the training itself: run it on data of yours"))
     return remarks
+
+
+def _name(record: CheckRecord) -> str:
+    """The record's file: the names stand in the order of the moments."""
+    return f"check-{record.at:%Y%m%dT%H%M%S%fZ}.json"
+
+
+def _content(record: CheckRecord) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def _read(file: Path) -> CheckRecord | None:
+    """The record, where the file is byte for byte what is written of it, under the name of its moment in UTC."""
+    try:
+        content = file.read_bytes()
+        record = msgspec.json.decode(content, type=CheckRecord)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    whole = record.at.utcoffset() == timedelta(0) and file.name == _name(record) and content == _content(record)
+    return record if whole else None
 
 
 def _signature(file: Path, record: CheckRecord, trusted: Mapping[str, str]) -> Remark:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -284,6 +284,44 @@ def test_a_record_that_is_worth_less_is_told(
     if made is not None:
         write(made, tmp_path)
     assert any(remark.level == level and told in remark.text for remark in looked(tmp_path, KEY))
+
+
+def test_an_older_record_does_not_take_the_place_of_the_newest(tmp_path: Path) -> None:
+    """A copy of it under a later name is told, and the newest is still the one that counts."""
+    good = write(signed(record(NOW - timedelta(days=1)), KEY), tmp_path)
+    newest = write(signed(record(seen=True), KEY), tmp_path)
+    copied = tmp_path / "check-99999999.json"
+    copied.write_bytes(good.read_bytes())
+    assert looked(tmp_path, KEY) == [
+        Remark("bad", f"{copied} is no record of a check, or damaged, or not the one of its name"),
+        Remark("good", f"{newest.name}: signed by {KEY.key_id}, of 2026-05-01"),
+        Remark("warning", "the check was on texts of the training itself: run it on data of yours"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: raw.replace(b"00:00:00Z", b"00:00:00"),
+        lambda raw: raw.replace(b"00:00:00Z", b"00:00:00+00:30"),
+        lambda raw: raw.replace(b'"format": 1', b'"format": 1, "proved": true', 1),
+        lambda raw: raw.replace(b'"seed": 0', b'"seed": 0, "proved": true', 1),
+        lambda raw: raw.replace(b'"harmless": 2', b'"harmless": 9, "harmless": 2', 1),
+        lambda raw: raw.replace(b'"inferwatch": "0"', b'"inferwatch": "\xff"', 1),
+        lambda raw: b"\xff" + raw,
+        lambda raw: raw[:-20],
+        lambda _: b"[" * 100_000,
+        lambda _: b"",
+    ],
+    ids=["no zone", "no UTC", "field", "field within", "twice", "utf-8 within", "utf-8", "cut", "deep", "empty"],
+)
+def test_a_file_that_is_not_as_it_was_written_is_told(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    """A moment without zone, fields that no signature covers, broken bytes: bad, and never an exception."""
+    file = write(signed(record(), KEY), tmp_path)
+    sound = file.read_bytes()
+    file.write_bytes(spoil(sound))
+    assert file.read_bytes() != sound
+    assert [one.level for one in looked(tmp_path, KEY)] == ["bad"]
 
 
 def test_other_versions_and_other_settings_are_told(tmp_path: Path) -> None:
