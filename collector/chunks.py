@@ -91,7 +91,7 @@ def _documents(holder: dict[str, Any]) -> Iterator[Chunk]:
     if not isinstance(documents, list):
         return
     for document in list(documents):
-        yield Chunk("retrieved", text_of(document), _remover(documents, document))
+        yield Chunk("retrieved", text_of(document, document=True), _remover(documents, document))
 
 
 def _remover(among: list[Any], one: Any) -> Callable[[], None]:

@@ -31,10 +31,24 @@ _STAGES: Final[Mapping[Role, Stage]] = {"user": "input", "tool": "tool", "docume
 _OPAQUE: Final = frozenset(
     {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "image_embeds", "audio_embeds"}
 )
-"""Content that is no text; the bytes of it are not for text guards."""
+"""Kinds of content that are no text; the bytes of it are not for text guards."""
+_PAYLOADS: Final = _OPAQUE | {"source", "url", "data"}
+_UNTYPED: Final = _OPAQUE - {"image"}
+"""Where a part tells no type, servers take these for it."""
 _NO_TEXT: Final = frozenset({"type", "id", "call_id", "tool_use_id", "tool_call_id", "cache_control", "status"})
-"""Fields of a message or a part that name things and say nothing."""
-_FRAME: Final = frozenset({"tools", "functions", "chat_template", "documents", "chat_template_kwargs"})
+"""Fields of a message, a part or a document that name things. Templates may print them, so they are judged too."""
+_COMMON_NAMES: Final = """
+role content text title name function functions arguments tool_calls description parameters properties required items
+enum strict additionalProperties input input_schema output documents detail media_type thinking signature schema
+json_schema json_object string object array number integer boolean null message custom refusal reasoning input_text
+output_text tool_use tool_result function_call function_call_output document search_result ephemeral auto none any tool
+completed in_progress base64
+"""
+_COMMON: Final = _PAYLOADS | _NO_TEXT | frozenset(_COMMON_NAMES.split())
+"""Names of fields and types that every API has: they say nothing of who wrote the body."""
+_FRAME: Final = frozenset(
+    {"tools", "functions", "chat_template", "documents", "chat_template_kwargs"} | {"tool_choice", "response_format"}
+)
 """Fields of a body that say something beside its messages."""
 _PLAIN: Final = frozenset({"role", "content"})
 """All that most messages have."""
@@ -51,6 +65,8 @@ class Turn(NamedTuple):
     text: str
     aside: str = ""
     """What else the message says: a name, tool calls, reasoning. Templates may leave it out."""
+    ids: str = ""
+    """Ids in a user's message. Beside a short text a random one looks like an attack, so it is judged apart."""
 
     @property
     def whole(self) -> str:
@@ -72,18 +88,19 @@ class PromptView:
     def texts(self, *, all_roles: bool = False) -> list[tuple[Stage, str]]:
         """What guards judge, in the prompt's order: `input` for user turns, `tool`, `retrieved` for documents.
 
-        With `all_roles` also system and assistant text, as `input`.
+        With `all_roles` also system and assistant text, as `input`. Ids belong to calls of tools.
         """
-        return [
-            (_STAGES.get(turn.role, "input"), turn.whole)
-            for turn in self.turns
-            if turn.whole and (all_roles or turn.role in _STAGES)
-        ]
+        judged: list[tuple[Stage, str]] = []
+        for turn in self.turns:
+            if all_roles or turn.role in _STAGES:
+                judged.append((_STAGES.get(turn.role, "input"), turn.whole))
+                judged.append(("tool", turn.ids))
+        return [(stage, text) for stage, text in judged if text]
 
     @property
     def system(self) -> str:
         """All system text, NFC."""
-        return _joined([turn.text for turn in self.turns if turn.role == "system"])
+        return _joined([turn.text for turn in self.turns if turn.role == "system" and turn.text])
 
     @property
     def prompt(self) -> str:
@@ -185,16 +202,29 @@ def _plain(prompt: object) -> Iterator[PromptView]:
 
 
 def _responses(body: Body) -> Iterator[PromptView]:
+    turns = [turn for message in _list(body.get("previous_input_messages")) for turn in _message(_authored(message))]
     items = body.get("input")
-    turns = [Turn("user", items)] if isinstance(items, str) else []
-    for item in items if isinstance(items, list) else []:
+    if isinstance(items, str):
+        turns.append(Turn("user", items))
+    for item in _list(items):
         if isinstance(item, dict) and str(item.get("type", "message")).endswith("_output"):
-            turns.append(Turn("tool", _text(item.get("output"))))
+            rest = {key: value for key, value in item.items() if key != "output"}
+            turns.append(Turn("tool", _text(item.get("output")), _lines(_text(rest), *_ids(item), *_names(item, 0))))
         else:
             turns += _message(item)
     instructions = [Turn("system", _text(body["instructions"]))] if body.get("instructions") else []
     if turns:
         yield PromptView((*_tools(body), *instructions, *turns), "messages")
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _authored(message: object) -> object:
+    """A message in Harmony's form tells its role in `author`."""
+    author = message.get("author") if isinstance(message, dict) else None
+    return {**message, "role": author.get("role")} if isinstance(author, dict) else message  # type: ignore[dict-item]
 
 
 def _messages(body: Body) -> Iterator[PromptView]:
@@ -222,20 +252,26 @@ def _message(message: object) -> Iterator[Turn]:
     if not isinstance(message, dict):
         yield Turn("user", _text(message))
         return
-    role = _ROLES.get(str(message.get("role", "user")), "user")
+    named = str(message.get("role", "user"))
+    role = _ROLES.get(named, "user")
     content = message.get("content")
-    if isinstance(content, str) and message.keys() == _PLAIN:
+    if isinstance(content, str) and named in _ROLES and message.keys() == _PLAIN:
         yield Turn(role, content)
         return
     parts = content if isinstance(content, list) else [content]
-    own = [text for part in parts if _part_role(part, role) == role and (text := _text(part))]
+    own = [part for part in parts if _part_role(part, role) == role]
+    text = "\n".join(text for part in own if (text := _text(part)))
     rest = {key: value for key, value in message.items() if key not in ("role", "content", "documents")}
+    aside = [*([] if named in _ROLES else [named]), _text(rest), *_names([rest, own], 0)]
+    ids = [each for holder in (rest, *own) for each in _ids(holder)]
     inner = [(other, part) for part in parts if (other := _part_role(part, role)) != role]
-    turn = Turn(role, "\n".join(own), _text(rest))
+    apart = role == "user"
+    turn = Turn(role, text, _lines(*aside, *([] if apart else ids)), _lines(*(ids if apart else [])))
     if turn.whole or not inner:  # a message of tool results alone is no turn of the user's
         yield turn
+        ids = []
     for other, part in inner:
-        yield Turn(other, _text(part))
+        yield Turn(other, _text(part), _lines(*_ids(part), *_names(part, 0), *ids))
     yield from _documents(message.get("documents"))
 
 
@@ -248,15 +284,19 @@ def _part_role(part: object, role: Role) -> Role:
 
 
 def _documents(documents: object) -> Iterator[Turn]:
-    for document in documents if isinstance(documents, list) else []:
-        yield Turn("document", _text(document))
+    for document in documents if isinstance(documents, list) else [documents]:
+        if document is not None:
+            yield Turn("document", _text(document, document=True), _lines(*_ids(document), *_names(document, 0)))
 
 
 def _tools(body: Body) -> Iterator[Turn]:
     """What tools say of themselves: set by who built the application, as system text is."""
-    text = "\n".join(_strings([body.get("tools"), body.get("functions"), body.get("chat_template")], 0))
-    if text:
-        yield Turn("system", text)
+    tools = [body.get("tools"), body.get("functions"), body.get("chat_template")]
+    forms = [body.get("tool_choice"), body.get("response_format")]
+    choice = [form for form in forms if not isinstance(form, str) or form not in _COMMON]
+    turn = Turn("system", _lines(*_strings(tools, 0)), _lines(*strings(choice), *_names(tools, 0)))
+    if turn.whole:
+        yield turn
 
 
 def _template_arguments(body: Body) -> Iterator[Turn]:
@@ -264,20 +304,34 @@ def _template_arguments(body: Body) -> Iterator[Turn]:
     arguments = body.get("chat_template_kwargs")
     if isinstance(arguments, dict):
         yield from _documents(arguments.get("documents"))
-        text = "\n".join(_strings({k: v for k, v in arguments.items() if k != "documents"}, 0))
-        if text:
-            yield Turn("system", text)
+        rest = {key: value for key, value in arguments.items() if key != "documents"}
+        if rest:
+            yield Turn("system", _lines(*_strings(rest, 0)), _lines(*_names(rest, 0)))
 
 
-def _text(value: object) -> str:
-    """The text of a message, a part or a document."""
+def _lines(*texts: str) -> str:
+    return "\n".join(text for text in texts if text)
+
+
+def _text(value: object, *, document: bool = False) -> str:
+    """The text of a message, a part or a document. Media are parts of messages; documents are told to the model whole.
+
+    What a part of text holds beside it is handed to templates, too.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        if str(value.get("type")) in _OPAQUE:
-            return ""
-        value = [entry for key, entry in value.items() if key not in _NO_TEXT and key not in _OPAQUE]
+        kind = value.get("type")
+        media = _PAYLOADS if str(kind) in _OPAQUE else _UNTYPED if kind is None else frozenset[str]()
+        skipped = _NO_TEXT if document else _NO_TEXT | media
+        value = [entry for key, entry in value.items() if key not in skipped]
     return "\n".join(_strings(value, 0))
+
+
+def _ids(value: object) -> Iterator[str]:
+    """What names a message, a part or a document, but for common words."""
+    named = [entry for key, entry in value.items() if key in _NO_TEXT] if isinstance(value, dict) else []
+    return (text for text in _strings(named, 0) if text not in _COMMON)
 
 
 def _strings(value: object, depth: int) -> Iterator[str]:
@@ -295,11 +349,30 @@ def _strings(value: object, depth: int) -> Iterator[str]:
             yield from _strings(entry, depth + 1)
 
 
-def text_of(value: object) -> str:
-    """The text of a message's content, a part or a document, as guards are given it. Raises `TooDeep`."""
-    return _text(value)
+def _names(value: object, depth: int, *, of_type: bool = False) -> Iterator[str]:
+    """Every name of a field or a type within that is none of the common ones: a template that prints an object whole
+    puts them into the prompt.
+    """
+    if depth > DEPTH_MAX:
+        raise TooDeep
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if key not in _COMMON:
+                yield key
+            yield from _names(entry, depth + 1, of_type=of_type or key == "type")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _names(entry, depth + 1, of_type=of_type)
+    elif of_type and isinstance(value, str) and value not in _COMMON:
+        yield value
+
+
+def text_of(value: object, *, document: bool = False) -> str:
+    """All that a message's content, a part or a document says, as guards are given it. Raises `TooDeep`."""
+    return _lines(_text(value, document=document), *_ids(value), *_names(value, 0))
 
 
 def strings(value: object) -> Iterator[str]:
-    """Every string in a parsed value, but for names of types and of fields. Raises `TooDeep`."""
-    return _strings(value, 0)
+    """Every string in a parsed value, and the names that are not common. Raises `TooDeep`."""
+    yield from _strings(value, 0)
+    yield from _names(value, 0)

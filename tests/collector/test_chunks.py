@@ -31,6 +31,11 @@ BODIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"messages": [ASK], "documents": [{"text": GOOD}, {"title": "t", "text": BAD}]},
         {"messages": [ASK], "documents": [{"text": GOOD}]},
     ),
+    "what a document calls its fields": (
+        "chat",
+        {"messages": [ASK], "documents": [{"text": GOOD}, {BAD: "t"}, {"type": "image", "image": BAD}]},
+        {"messages": [ASK], "documents": [{"text": GOOD}]},
+    ),
     "a template's documents": (
         "chat",
         {"messages": [ASK], "chat_template_kwargs": {"documents": [BAD, GOOD]}},

@@ -37,7 +37,7 @@ def test_a_chat_is_taken_apart_by_turns() -> None:
         ("retrieved", "t\nretrieved words"),
         ("input", "first"),
         ("input", "second\npart"),
-        ("tool", "found"),
+        ("tool", "found\nx"),
     ]
     assert (view.system, view.new) == ("be brief", "t\nretrieved words\nsecond\npart\nfound")
     assert view.view == "messages"
@@ -56,7 +56,7 @@ def test_with_all_roles_nothing_of_the_prompt_is_left_unjudged() -> None:
 def test_an_unknown_role_counts_as_the_users() -> None:
     """What is not known to be harmless is judged."""
     body: dict[str, object] = {"messages": [{"role": "oracle", "content": "words"}]}
-    assert only("chat", body).texts() == [("input", "words")]
+    assert only("chat", body).texts() == [("input", "words\noracle")]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_responses_and_anthropic_messages_are_read() -> None:
     )
     for view in (responses, messages):
         assert (view.system, view.new) == ("be brief", "ask\n42")
-        assert [pair for pair in view.texts() if pair[1]] == [("input", "ask"), ("tool", "42")]
+        assert [pair for pair in view.texts() if pair[1]] == [("input", "ask"), ("tool", "42\nc")]
 
 
 def test_only_the_last_turn_is_new() -> None:
@@ -152,6 +152,126 @@ def test_text_in_odd_places_is_found() -> None:
     assert all(word in texts for word in ("hi", "sly", "odd", "hidden"))
 
 
+ASK = {"role": "user", "content": "hi"}
+ATTACK = "ATTACK"
+TURNED_AWAY: dict[str, tuple[str, dict[str, object]]] = {
+    "the id of a tool's answer": (
+        "chat",
+        {"messages": [ASK, {"role": "tool", "content": "4", "tool_call_id": ATTACK}]},
+    ),
+    "the id of an output": (
+        "responses",
+        {"input": [ASK, {"type": "function_call_output", "call_id": ATTACK, "output": "4"}]},
+    ),
+    "another field of an output": (
+        "responses",
+        {"input": [ASK, {"type": "custom_output", "output": "4", "content": ATTACK}]},
+    ),
+    "the id of a result": (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": ATTACK, "content": "4"}]}]},
+    ),
+    "the id of a message of results": (
+        "messages",
+        {"messages": [{"role": "user", "id": ATTACK, "content": [{"type": "tool_result", "content": "4"}]}]},
+    ),
+    "a status of a text": ("chat", {"messages": [{"role": "user", "content": [{"text": "hi", "status": ATTACK}]}]}),
+    "an image of a text": (
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "image": ATTACK}]}]},
+    ),
+    "an unknown type of a part": ("chat", {"messages": [{"role": "user", "content": [{"type": ATTACK}]}]}),
+    "an unknown role": ("chat", {"messages": [{"role": ATTACK, "content": "hi"}]}),
+    **{
+        f"a document's {name}": ("chat", {"messages": [ASK], "documents": [{"text": "d", name: ATTACK}]})
+        for name in ("id", "status", "type", "image", "image_url")
+    },
+    "a document's caching": (
+        "chat",
+        {"messages": [ASK], "documents": [{"text": "d", "cache_control": {"type": "ephemeral", "ttl": ATTACK}}]},
+    ),
+    "an image for a document": ("chat", {"messages": [ASK], "documents": [{"type": "image", "text": ATTACK}]}),
+    "a document's key": ("chat", {"messages": [ASK], "documents": [{ATTACK: "ok"}]}),
+    "a key deep in a document": ("chat", {"messages": [ASK], "documents": [{"text": [{"k": {ATTACK: 1}}]}]}),
+    "documents that are no list": ("chat", {"messages": [ASK], "chat_template_kwargs": {"documents": ATTACK}}),
+    "an earlier message": (
+        "responses",
+        {"previous_input_messages": [{"role": "user", "content": ATTACK}], "input": "hi"},
+    ),
+    "an earlier message of Harmony's": (
+        "responses",
+        {
+            "previous_input_messages": [
+                {"author": {"role": "tool", "name": "f"}, "content": [{"type": "text", "text": ATTACK}]}
+            ],
+            "input": "hi",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNED_AWAY)
+def test_what_a_template_may_print_is_judged(name: str) -> None:
+    """Ids, names of fields and types, media that are words: vLLM hands them to the template."""
+    operation, body = TURNED_AWAY[name]
+    assert any(ATTACK in text for _, text in only(operation, body).texts())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"type": "function", "function": {"parameters": {"properties": {ATTACK: {"type": "string"}}}}}]},
+        {"tools": [{"type": "function", "function": {"parameters": {"properties": {"a": {"type": ATTACK}}}}}]},
+        {"tools": [{"type": "function", "function": {"parameters": {"properties": {"a": {"type": [ATTACK]}}}}}]},
+        {"tool_choice": {"type": "function", "function": {"name": ATTACK}}},
+        {"tool_choice": ATTACK},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {ATTACK: {}}}}}},
+        {"chat_template_kwargs": {"custom": {ATTACK: True}}},
+    ],
+)
+def test_with_all_roles_what_tools_and_forms_are_called_is_judged(body: dict[str, object]) -> None:
+    """Templates print tools as JSON; one renderer of vLLM's hands on form and choice. None of it is the system prompt's
+    words."""
+    view = only("chat", {"messages": [SYSTEM, ASK], **body})
+    assert any(ATTACK in text for _, text in view.texts(all_roles=True))
+    assert view.system == "be brief"
+
+
+def test_the_ids_of_a_users_message_are_judged_apart() -> None:
+    """With a random id beside it a short text would be taken for an attack; both are judged all the same."""
+    call = {"type": "function_call", "call_id": "call_ds82s1t6Uzpa2cY7Jk18RFxv", "name": "f", "arguments": "{}"}
+    view = only("responses", {"input": [ASK, {**call, "status": "completed"}]})
+    assert view.texts() == [
+        ("input", "hi"),
+        ("input", "\nf\n{}"),
+        ("tool", "call_ds82s1t6Uzpa2cY7Jk18RFxv"),
+    ]
+
+
+def test_names_that_every_api_has_are_not_judged() -> None:
+    """A request that uses all that is usual shows guards its words alone."""
+    body: dict[str, object] = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+            {"role": "tool", "content": [{"type": "text", "text": "found"}]},
+        ],
+        "documents": [{"title": "t", "text": "words", "type": "document"}],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look",
+                    "parameters": {"type": "object", "properties": {"name": {"type": ["string", "null"]}}},
+                },
+            }
+        ],
+        "tool_choice": "auto",
+        "response_format": {"type": "json_object"},
+    }
+    judged = [text for _, text in only("chat", body).texts(all_roles=True)]
+    assert judged == ["look", "t\nwords", "hi", "found"]
+
+
 def test_what_is_nested_too_deeply_is_not_skipped_but_refused() -> None:
     """Text below 32 levels would be unread, so it is an error."""
     deep: object = "hidden"
@@ -189,6 +309,7 @@ def test_no_shape_of_body_breaks_the_reader() -> None:
     print("seed", seed)
     draw = random.Random(seed)  # noqa: S311 - repeatable, no secret
     names = ["messages", "prompt", "input", "content", "role", "type", "documents", "text", "tools", "output", "system"]
+    names += ["previous_input_messages", "tool_choice", "response_format", "author", "id"]
 
     def value(depth: int) -> object:
         kind = draw.randrange(7 if depth < 4 else 5)
