@@ -1,9 +1,10 @@
 """The evaluator guard: a second opinion on a pair, what was asked and what was answered, by a classifier of yours.
 
 `[collector.guards.evaluator]`, off by default. The model runs here (a transformers folder or pinned revision) or behind
-an endpoint with vLLM's `POST /classify`. It reads the end of what was asked and, beside it, each window of the answer
-to its very end; the worst window is the score. Nothing is known of your model's labels, so those that mean a bad answer
-are named in the config, and the self-test is yours: without a pair that it must block it does not start.
+an endpoint with vLLM's `POST /classify`, there with two labels. It reads the end of what was asked and, beside it, each
+window of the answer to its very end; the worst window is the score. Nothing is known of your model's labels, so those
+that mean a bad answer are named in the config, and the self-test is yours: without a pair that it must block it does
+not start.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from collector.guards.protocol import ALONE, Context, Guard, GuardRefused, Judge
 
 _OUTPUT: Final[frozenset[Stage]] = frozenset({"output"})
 _PROMPT_CHARS_MAX: Final = 4_000
+_SLACK: Final = 0.01
+"""How far the probabilities of both labels may miss 1 by rounding."""
 
 
 class PairProbe(BaseModel):
@@ -37,7 +40,12 @@ class EvaluatorConfig(EndpointPolicy):
 
     able = _OUTPUT
     model: ModelConfig | None = Field(None, description="The model where it runs here.")
-    bad_labels: tuple[str, ...] = Field((), max_length=64, description="Labels that mean a bad answer; summed.")
+    bad_labels: tuple[str, ...] = Field(
+        (),
+        max_length=64,
+        description="Labels that mean a bad answer; summed. An endpoint tells the likeliest label alone: there, one "
+        "of two.",
+    )
     separator: str = Field(" [SEP] ", max_length=64, description="Between question and answer, for an endpoint.")
     pairs: dict[str, PairProbe] = Field(
         default_factory=dict, max_length=64, description="The self-test, by name: one pair to block and one to pass."
@@ -131,13 +139,11 @@ class EndpointEvaluator(_Evaluator):
             (told,) = msgspec.convert(self._endpoint.ask("/classify", body, until_s), _Classified).data
         except (msgspec.ValidationError, ValueError):
             raise BadAnswer from None
-        share = max(told.probs, default=-1.0)
-        if not 0 <= share <= 1:
+        # The answer names the likeliest label alone. Of two labels the other has the rest; of more, nobody knows which.
+        probs = told.probs
+        if len(probs) != 2 or not all(0 <= share <= 1 for share in probs) or abs(sum(probs) - 1) > _SLACK:
             raise BadAnswer
-        # The answer names the likeliest label alone; of two labels the other has the rest.
-        if told.label in self._config.bad_labels:
-            return share
-        return 1 - share if len(told.probs) == 2 else 0.0
+        return max(probs) if told.label in self._config.bad_labels else min(probs)
 
 
 class _Label(msgspec.Struct):

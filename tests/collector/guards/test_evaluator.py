@@ -60,6 +60,8 @@ def test_ten_megabytes_are_an_error_and_what_is_taken_is_read_to_its_end() -> No
     [
         "fine", {}, {"data": []}, {"data": [{"label": "fine", "probs": []}]},
         {"data": [{"label": "fine", "probs": [7.0]}]},
+        {"data": [{"label": "fine", "probs": [0.4, 0.3, 0.3]}]}, {"data": [{"label": "leaks", "probs": [0.9]}]},
+        {"data": [{"label": "fine", "probs": [0.9, 0.8]}]}, {"data": [{"label": "fine", "probs": [1.7, -0.7]}]},
         {"data": [{"label": "fine", "probs": ["1"]}]}, {"data": [{"label": None, "probs": [0.5, 0.5]}]},
     ],
 )  # fmt: skip
