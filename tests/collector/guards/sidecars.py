@@ -18,14 +18,18 @@ from typing import Any
 
 import structlog
 
-from collector.event import Stage
+from collector.event import GuardResult, Stage
 from collector.guards.config import GuardsConfig
 from collector.guards.injection import InjectionConfig
 from collector.guards.protocol import ALONE, Context, Judgement, Probe, Text
 from collector.guards.secrets import SecretsConfig
 from collector.guards.sidecar_client import Sidecar
+from collector.guards.stack import GuardStack
 
 DEADLINE_MS = 1_500.0
+CANARY = "canary-3391-wren"
+LIMIT_S = DEADLINE_MS / 1000 + 0.5
+BACK_S = 5.0
 
 
 class Obedient:
@@ -143,6 +147,26 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def one(stack: GuardStack, text: str, context: Context | None = None) -> GuardResult:
+    """The verdict on one text."""
+    (result,) = stack.judge([("input", text)], context or Context())
+    return result
+
+
+def told(result: GuardResult) -> tuple[str, str, str]:
+    """Decision, error and version."""
+    return result.decision, result.error, result.version
+
+
+def judged_again(stack: GuardStack, within_s: float = BACK_S, version: str = "o1") -> float:
+    """Seconds until a text is judged."""
+    start_s = time.monotonic()
+    while told(one(stack, "fine")) != ("allow", "", version):
+        assert time.monotonic() - start_s < within_s, "it did not come back"
+        time.sleep(0.02)
+    return time.monotonic() - start_s
 
 
 @contextmanager
