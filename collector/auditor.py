@@ -5,24 +5,23 @@ the last byte of the answer. Guarantee: what `open` returned an `Audit` for has 
 journal can't take a request, `Unaudited` is raised and it must not be worked on.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import structlog
 from msgspec.structs import replace
 
 from collector.audit import Audit, Blocked, EngineRequest, Unaudited
 from collector.chunks import chunks, marked
-from collector.context import Caller, Exchange, Judged, exchange
+from collector.context import Caller, Claim, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import GuardResult, Media, Stage, Status
 from collector.guards.protocol import Context, MediaGuard
 from collector.guards.stack import GuardStack
 from collector.guards.verdicts import worst
 from collector.identity import Pseudonyms
+from collector.judging import JudgingThreads
 from collector.media import Item, listed, verdict_on
 from collector.prompt import PromptView, rendered_view
 from collector.publisher import Publisher, Ticket
@@ -30,10 +29,11 @@ from collector.routes import GateConfig
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
 STAGES: Final[tuple[Stage, ...]] = ("input", "retrieved", "tool", "output")
 CALLERS_MAX: Final = 4_096
 """Callers whose pseudonyms are remembered; sessions never are, since their names may hold text."""
+_AT_ONCE_CHARS_MAX: Final = 65_536
+"""A prompt up to this takes quick guards some 50 ms at most."""
 _NOTHING: Final[Mapping[str, object]] = {}
 
 
@@ -49,21 +49,21 @@ class Auditor:
         *,
         model_version: str,
         weights_digest: str = "",
-        workers: int = 2,
+        threads: JudgingThreads | None = None,
         canary_s: float = 0,
         media_guard: MediaGuard | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`gate.tenant` must be among the tenants of `identity`.
 
-        `workers`: threads that judge, as many as the guards take requests at a time. `canary_s`: how often the guards'
-        health is looked at.
+        `threads`: that judge, as many as the guards take requests at a time.
+        `canary_s`: how often the guards' health is looked at.
         `media_guard`: judges media for tenants whose policy is `guard`; without one such media are refused.
         """
         self.publisher, self.guards, self.identity, self.gate = publisher, guards, identity, gate
         self._media_guard = media_guard
         self.clock_s = clock_s
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="inferwatch-judge")
+        self.threads = threads or JudgingThreads(2, waiting_max=256, wait_s_max=5)
         self._model = {"model_version": model_version, "weights_digest": weights_digest}
         publisher.counters.guards = guards.health
         guards.health.watch(canary_s)
@@ -72,14 +72,10 @@ class Auditor:
         self.judges_prompts = bool(guards.stages - {"output"})
         self._callers: dict[tuple[str, str, str, str], Caller] = {}
 
-    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run blocking work on one of the judging threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
-
     def stop(self, timeout_s: float = 10) -> bool:
         """Stop guards and publisher; False where Kafka has not all events yet and the next start sends them."""
         self.identity.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown()
         self.guards.close()
         return self.publisher.stop(timeout_s)
 
@@ -165,14 +161,40 @@ class Auditor:
             if result.decision == "error":
                 self.publisher.counters.guard_error(result.guard)
 
-    def open(self, request: EngineRequest) -> Audit:
-        """Begin one engine request. Raises `Blocked` where a guard blocked it, `Unaudited` where it can't be begun."""
+    def claim(self, text: str | None) -> Claim:
+        """What the gate says of the engine request that is made now."""
+        at_hand = exchange.get()
+        return Claim() if at_hand is None else at_hand.claim(text)
+
+    def at_once(self, text: str | None, claim: Claim) -> bool:
+        """Whether `judged` is quick enough for an event loop."""
+        return claim.fits or not self.judges_prompts or (self.guards.quick and len(text or "") <= _AT_ONCE_CHARS_MAX)
+
+    def judged(self, text: str | None, claim: Claim) -> Judged:
+        """What the gate says of this very prompt. Where the engine is given another, that is judged too: it must pass
+        both, whichever of the gate's prompts it is. What the gate read stays what digests and answers are about.
+        """
+        if claim.judged is not None and claim.fits:
+            return claim.judged
+        at_hand = exchange.get()
+        if at_hand is None:
+            return self.judge(rendered_view(text or ""), self.caller(self.gate.tenant))
+        whole = self.judge(rendered_view(text or ""), at_hand.caller, at_hand.route)
+        every = [*at_hand.prompts, whole]
+        verdicts = worst([verdict for judged in every for verdict in judged.verdicts])
+        blocked = any(judged.blocked for judged in every)
+        told, around = claim.judged or whole, claim.judged or every[0]
+        return Judged(whole.view, verdicts, blocked, told.digests, around.context)
+
+    def open(self, request: EngineRequest, judged: Judged | None = None) -> Audit:
+        """Begin one engine request. Raises `Blocked` where a guard blocked it, `Unaudited` where it can't be begun.
+
+        `judged`: where it was judged before; else that is done here.
+        """
         at_hand = exchange.get()
         caller = at_hand.caller if at_hand is not None else self.caller(self.gate.tenant)
         started_s = at_hand.started_s if at_hand is not None and at_hand.started_s else self.clock_s()
-        judged = at_hand.judged(request.text) if at_hand is not None and request.text is not None else None
-        if judged is None:
-            judged = self.judge(rendered_view(request.text or ""), caller)
+        judged = judged or self.judged(request.text, self.claim(request.text))
         known = self._known(request, caller, judged, at_hand)
         try:
             ticket = self.publisher.begin(key=caller.key, known=known)

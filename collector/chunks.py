@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from collector.event import Stage
-from collector.prompt import PromptView, text_of
+from collector.prompt import TURNS_MAX, PromptView, TooMany, text_of
 
 Markers = Sequence[tuple[str, str]]
 REMOVED: Final = "[removed by policy]"
@@ -69,7 +69,7 @@ def marked(view: PromptView, markers: Markers) -> list[tuple[Stage, str]]:
 
 
 def chunks(operation: str, body: dict[str, Any], markers: Markers) -> list[Chunk]:
-    """All chunks of a parsed body."""
+    """All chunks of a parsed body. Raises `TooMany`."""
     if operation not in OPERATIONS:
         return []
     found = list(_documents(body))
@@ -83,6 +83,8 @@ def chunks(operation: str, body: dict[str, Any], markers: Markers) -> list[Chunk
                 found += _message(message, markers)
     for name in ("prompt", "input", "system", "instructions"):
         found += _text(body, name, markers)
+    if len(found) > TURNS_MAX:
+        raise TooMany
     return found
 
 

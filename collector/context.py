@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from collector.event import GuardResult, Media
 from collector.guards.protocol import Context
@@ -73,6 +73,8 @@ class Exchange:
     """What it uses of its limits."""
     route: str = "unlisted"
     operation: str = ""
+    body_bytes: int = 0
+    """Read of its body."""
     started_s: float = 0.0
     """When its body had been read, on the performance counter: what the client takes to send it is not our latency."""
     prompts: Sequence[Judged] = ()
@@ -85,19 +87,26 @@ class Exchange:
     """Why."""
     engine_requests: int = 0
     """Engine requests that were begun for it; each has its event."""
+    claimed: int = 0
+    """Engine requests that have asked for the gate's verdict."""
     rejected: bool = False
     client_gone: bool = False
     trace_id: str = ""
 
-    def judged(self, rendered: str) -> Judged | None:
-        """The gate's verdict on the engine request at hand, or None where it gave none on this very prompt.
+    def claim(self, rendered: str | None) -> "Claim":
+        """The gate's verdict for the next engine request: the server makes them in the order of the body's prompts."""
+        place, self.claimed = self.claimed, self.claimed + 1
+        judged = self.prompts[place] if place < len(self.prompts) else None
+        return Claim(judged, judged is not None and rendered is not None and judged.view.within(rendered))
 
-        The server makes engine requests in the order of the prompts in the body.
-        """
-        place = self.engine_requests
-        if place < len(self.prompts) and self.prompts[place].view.within(rendered):
-            return self.prompts[place]
-        return None
+
+class Claim(NamedTuple):
+    """What the gate says of one engine request."""
+
+    judged: Judged | None = None
+    """Of the prompt at its place in the body."""
+    fits: bool = False
+    """That is the very prompt that the engine is given."""
 
 
 exchange: ContextVar[Exchange | None] = ContextVar("inferwatch_exchange", default=None)

@@ -23,8 +23,9 @@ from collector.auditor import Auditor
 from collector.context import NOBODY, Exchange, exchange
 from collector.deadlines import Deadlines
 from collector.event import uuid7
+from collector.judging import Crowded
 from collector.media import items
-from collector.prompt import Body, PromptView, TooDeep, views
+from collector.prompt import TURNS_MAX, Body, PromptView, TooDeep, TooMany, views
 from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
 from collector.trace import trace_id
@@ -160,6 +161,12 @@ class Gate:
                 body = await guard_api.answer(auditor, scope, at_hand, body or b"")
         except Refusal:
             raise
+        except TooDeep:
+            raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
+        except TooMany:
+            raise Refusal(400, "too_many", f"A request has at most {TURNS_MAX} messages, prompts and chunks.") from None
+        except Crowded as error:
+            raise Refusal(503, "busy", str(error)) from None
         except asyncio.CancelledError:
             with contextlib.suppress(Unaudited):
                 _settle(auditor, at_hand, "client_gone", 0)
@@ -167,6 +174,8 @@ class Gate:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not let a request in
             _tell("the gate failed, a request is refused", error)
             raise Refusal(500, "gate_failed", "The request could not be checked, so it is not answered.") from None
+        finally:
+            self._buffered_bytes -= at_hand.body_bytes
         return route, body
 
     def _admit(self, auditor: Auditor, scope: Scope, at_hand: Exchange) -> Route:
@@ -184,49 +193,44 @@ class Gate:
         return route
 
     async def _body(self, auditor: Auditor, scope: Scope, receive: Receive, at_hand: Exchange) -> bytes:
-        """The whole body, within the bounds of one, of its key's and of all requests."""
+        """The whole body, within the bounds of one, of its key's and of all requests not judged yet."""
         gate = auditor.gate
         of_key = at_hand.lease.body_bytes_max if at_hand.lease is not None else 0
         bytes_max = min(gate.body_bytes_max, of_key or gate.body_bytes_max)
         if self._buffered_bytes > gate.buffered_bytes_max:
             raise Refusal(503, "busy", "Too many requests are being read. Try again later.")
-        read = 0
 
         def count(size: int) -> None:
-            nonlocal read
-            read += size
+            at_hand.body_bytes += size
             self._buffered_bytes += size
 
         try:
             return await self._body_deadlines.within(read_body(scope, receive, bytes_max, count))
         except TimeoutError:
             raise Refusal(408, "slow_body", "The request's body did not arrive in time.") from None
-        finally:
-            self._buffered_bytes -= read
 
     async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> bytes:
         """Read the body, learn who is spoken for, and judge what it says. Returns it, without what was taken out."""
         large = len(raw) > _INLINE_BYTES_MAX
-        body = await auditor.in_thread(parse, raw) if large else parse(raw)
+        body = await auditor.threads.admit(parse, raw) if large else parse(raw)
         if "user" in body or "session_id" in body:
             at_hand.caller = caller_of(scope, auditor, at_hand, body)
         if body.get("background"):
             raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
-        try:
-            prompts = self._read(route.operation, body)
-            found = await auditor.in_thread(items, body) if large else items(body)
-        except TooDeep:
-            raise Refusal(400, "too_deep", "The request's body is nested too deeply.") from None
+        prompts = self._read(route.operation, body)
+        if sum(len(view.turns) for view in prompts) > TURNS_MAX:
+            raise TooMany
+        found = await auditor.threads.admit(items, body) if large else items(body)
         caller = at_hand.caller
         if found:
             asked = prompts[0].prompt if prompts else ""
-            judging = auditor.in_thread(auditor.judge_media, found, caller, at_hand.route, asked)
+            judging = auditor.threads.admit(auditor.judge_media, found, caller, at_hand.route, asked)
             at_hand.media, at_hand.media_verdicts, passes = await judging
             if not passes:
                 raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")
 
         if auditor.drops(caller, at_hand.route):
-            await auditor.in_thread(auditor.sift, route.operation, body, at_hand, prompts)
+            await auditor.threads.admit(auditor.sift, route.operation, body, at_hand, prompts)
             if at_hand.chunks_removed:
                 raw, prompts = _written(body), self._read(route.operation, body)
 
@@ -234,7 +238,7 @@ class Gate:
             return [auditor.judge(view, caller, at_hand.route) for view in found]
 
         inline = not large and not auditor.judges_prompts
-        at_hand.prompts = judge(prompts) if inline else await auditor.in_thread(judge, prompts)
+        at_hand.prompts = judge(prompts) if inline else await auditor.threads.admit(judge, prompts)
         return raw
 
     async def _pass(self, auditor: Auditor, at_hand: Exchange, scope: Scope, receive: Receive, send: Send) -> None:

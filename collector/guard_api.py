@@ -36,7 +36,7 @@ async def answer(auditor: Auditor, scope: MutableMapping[str, Any], at_hand: Exc
     texts = _texts(body)
     names = caller.names or auditor.identity.names(caller.tenant)
     context = Context(caller.tenant, at_hand.route, _string(body, "system"), _string(body, "prompt"), names.session)
-    judged = await auditor.in_thread(auditor.judge_each, [text[:2] for text in texts], context)
+    judged = await auditor.threads.admit(auditor.judge_each, [text[:2] for text in texts], context)
     auditor.reject(
         at_hand,
         reason="guard_api",

@@ -17,6 +17,8 @@ Role = Literal["system", "user", "assistant", "tool", "document"]
 
 VIEWS_MAX: Final = 4096
 """Prompts in one body beyond this are not viewed; the engine plugin reads them rendered."""
+TURNS_MAX: Final = 4096
+"""Messages and documents of one request; each is judged by itself, which takes a millisecond and more."""
 DEPTH_MAX: Final = 32
 _BEGINNING: Final = 64
 _ROLES: Final[Mapping[str, Role]] = {
@@ -56,6 +58,10 @@ _PLAIN: Final = frozenset({"role", "content"})
 
 class TooDeep(ValueError):
     """A body is nested deeper than 32 levels where text may stand."""
+
+
+class TooMany(ValueError):
+    """A body has more than `TURNS_MAX` messages, documents or chunks."""
 
 
 class Turn(NamedTuple):

@@ -177,7 +177,7 @@ class Relay:
     async def _judge(self) -> tuple[Sequence[GuardResult], bool]:
         if not self._judged or not self.audits:
             return (), False
-        return await self._auditor.in_thread(self.audits[0].judge, self._seen.texts())
+        return await self._auditor.threads.run(self.audits[0].judge, self._seen.texts())
 
     def _close(
         self,

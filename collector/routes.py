@@ -141,7 +141,9 @@ class GateConfig(BaseModel):
     )
     body_timeout_s: float = Field(30, gt=0, le=600, description="Time for a client to send its body; then 408.")
     buffered_bytes_max: int = Field(
-        268_435_456, ge=1_048_576, description="Bodies held by all requests at once; beyond it the answer is 503."
+        268_435_456,
+        ge=1_048_576,
+        description="Bodies of all requests being read or judged; beyond it the answer is 503.",
     )
     judge_all_roles: bool = Field(
         False,

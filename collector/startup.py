@@ -12,6 +12,7 @@ from collector.auditor import Auditor
 from collector.config import CollectorConfig
 from collector.doors import open_identity
 from collector.guards.stack import GuardStack
+from collector.judging import JudgingThreads
 from collector.kafka import KafkaConfig, wait_for_broker
 from collector.publisher import Publisher
 from collector.weights import Model
@@ -59,7 +60,7 @@ def open_auditor(kafka: KafkaConfig, config: CollectorConfig, model: Model, *, c
         config.gate,
         model_version=model.version,
         weights_digest=model.digest,
-        workers=config.guards.workers,
+        threads=JudgingThreads(config.guards.workers, config.guards.waiting_max, config.guards.wait_ms_max / 1000),
         canary_s=config.guards.canary_s,
         media_guard=media_guard,
     )

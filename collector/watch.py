@@ -68,7 +68,7 @@ class Watch(Generic[T]):
         if hold is not None and hold.due and self._audit is not None:
             windows = hold.windows()
             if windows:
-                judged = await self._auditor.in_thread(self._audit.judge, windows, self._stepwise)
+                judged = await self._auditor.threads.run(self._audit.judge, windows, self._stepwise)
                 self._keep(*judged)
             if self.blocked:
                 return []
@@ -85,7 +85,7 @@ class Watch(Generic[T]):
         if self._audit is None:
             return [], False
         if self._hold is None:
-            self._keep(*await self._auditor.in_thread(self._audit.judge, texts))
+            self._keep(*await self._auditor.threads.run(self._audit.judge, texts))
         elif not self.blocked:
             rest = self._hold.rest() or ([] if self._verdicts else texts)
             audit, stepwise = self._audit, self._stepwise
@@ -95,7 +95,7 @@ class Watch(Generic[T]):
                 others, also = audit.judge(texts, stepwise, others=True)
                 return [*last, *others], blocked or also
 
-            self._keep(*await self._auditor.in_thread(both))
+            self._keep(*await self._auditor.threads.run(both))
         return self._verdicts, self.blocked
 
     @property

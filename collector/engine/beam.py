@@ -18,7 +18,7 @@ from collector.answers import Answer
 from collector.audit import Audit, Blocked
 from collector.auditor import Auditor
 from collector.engine.calls import Call, decode, engine_request, refusing
-from collector.engine.online import Audited, answered, close_quietly
+from collector.engine.online import answered, close_quietly, judged_first
 from collector.engine.process import current
 from collector.engine.steps import Search, part_of
 from collector.event import GuardResult, Status
@@ -40,10 +40,13 @@ def wrap_online(original: Callable[..., Generator]) -> Callable[..., Generator]:
             engine = self.engine_client
             auditor = current.auditor or current.open(engine)
             call = Call(prompt, params, request_id, lora_request)
-            audit = auditor.open(engine_request(engine, "beam_search", call)._replace(n=params.beam_width))
-        answer = Answer("final", keep_text="output" in auditor.stages)
-        search = Search(current.tally)
-        return Audited(answered(_searched(inner, search, audit), audit, answer, auditor), audit)
+            request = engine_request(engine, "beam_search", call)._replace(n=params.beam_width)
+            answer, search = Answer("final", keep_text="output" in auditor.stages), Search(current.tally)
+
+            def begun(audit: Audit) -> Generator:
+                return answered(_searched(inner, search, audit), audit, answer, auditor)
+
+            return judged_first(auditor, request, begun)
 
     return beam_search
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
@@ -10,8 +11,9 @@ from typing import Any, Final, cast
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 from collector.answers import Answer, Kind
-from collector.audit import Audit, Timing, Unaudited
+from collector.audit import Audit, EngineRequest, Timing, Unaudited
 from collector.auditor import Auditor
+from collector.context import Claim
 from collector.engine.calls import Call, decode, engine_request, refusing
 from collector.engine.counting import aborted_tokens
 from collector.engine.process import current
@@ -40,11 +42,38 @@ def wrap_generate(original: Callable[..., Generator]) -> Callable[..., Generator
                 return search.step(inner, call.request_id)
             auditor = current.auditor or current.open(self)
             answer = answer_for(self, call.params, auditor)
-            audit = auditor.open(engine_request(self, "generate", call))
-            audit.begin_in_engine(current.tally, call.request_id)
-        return Audited(answered(inner, audit, answer, auditor), audit)
+
+            def begun(audit: Audit) -> Generator:
+                audit.begin_in_engine(current.tally, call.request_id)
+                return answered(inner, audit, answer, auditor)
+
+            return judged_first(auditor, engine_request(self, "generate", call), begun)
 
     return generate
+
+
+def judged_first(auditor: Auditor, request: EngineRequest, begun: Callable[[Audit], Generator]) -> Generator:
+    """What `begun` gives, once the request is judged and begun: at once, or, where guards take their time for a prompt
+    that the gate has not judged, at the first step, on a thread. Raises `Blocked`, `Unaudited`, now or then.
+    """
+    claim = auditor.claim(request.text)
+    if auditor.at_once(request.text, claim):
+        audit = auditor.open(request, auditor.judged(request.text, claim))
+        return Audited(begun(audit), audit)
+    return _judged_late(auditor, request, claim, begun)
+
+
+async def _judged_late(
+    auditor: Auditor, request: EngineRequest, claim: Claim, begun: Callable[[Audit], Generator]
+) -> Generator:
+    """Dropped before its first step, it leaves nothing: neither journal nor engine have heard of it."""
+    in_context = contextvars.copy_context().run
+    with refusing:
+        judged = await auditor.threads.run(in_context, auditor.judged, request.text, claim)
+        audit = auditor.open(request, judged)
+    async with contextlib.aclosing(begun(audit)) as outputs:
+        async for output in outputs:
+            yield output
 
 
 def answer_for(engine: Any, params: Any, auditor: Auditor) -> Answer:
@@ -64,9 +93,12 @@ def wrap_encode(original: Callable[..., Generator]) -> Callable[..., Generator]:
         with refusing:
             auditor = current.auditor or current.open(self)
             call = Call.of("pooling_params", args, kwargs)
-            audit = auditor.open(engine_request(self, "encode", call))
-            audit.begin_in_engine(current.tally, call.request_id)
-        return Audited(_pooled(inner, audit), audit)
+
+            def begun(audit: Audit) -> Generator:
+                audit.begin_in_engine(current.tally, call.request_id)
+                return _pooled(inner, audit)
+
+            return judged_first(auditor, engine_request(self, "encode", call), begun)
 
     return encode
 

@@ -62,6 +62,12 @@ class GuardsConfig(BaseModel):
         "error TextTooLong, and on_error decides.",
     )
     workers: int = Field(2, ge=1, le=64, description="Requests judged at the same time, each on its own thread.")
+    waiting_max: int = Field(
+        256, ge=1, le=65_536, description="Requests that may wait to be judged; beyond them the answer is 503."
+    )
+    wait_ms_max: float = Field(
+        5_000, gt=0, le=600_000, description="A request that waited longer is not judged any more: the answer is 503."
+    )
     stuck_max: int = Field(
         2,
         ge=1,

@@ -41,6 +41,7 @@ class InjectionConfig(GuardPolicy):
     """`[collector.guards.injection]`: judges what users type and what is fetched for them."""
 
     able = frozenset(CHANNELS)
+    quick = True
     shadow_stages: frozenset[Stage] = Field(
         _ADVISORY,
         description="Stages at which the guard only watches. By default fetched text: of ordinary mails and code pages "

@@ -45,6 +45,7 @@ class LeakageConfig(GuardPolicy):
     """`[collector.guards.leakage]`: looks at answers."""
 
     able = frozenset({"input", "retrieved", "tool", "output"})
+    quick = True
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     canaries: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
         (),

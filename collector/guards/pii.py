@@ -34,6 +34,7 @@ class PiiConfig(GuardPolicy):
     """`[collector.guards.pii]`: looks at answers by default."""
 
     able = frozenset({"input", "retrieved", "tool", "output"})
+    quick = True
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     actions: dict[Kind, Action] = Field(
         default_factory=dict,

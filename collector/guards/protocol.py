@@ -160,6 +160,9 @@ class GuardPolicy(BaseModel, ABC):
     """The stages that its guard can judge, where they are known before it is built: what a server needs to start while
     the sidecar is away."""
 
+    quick: ClassVar[bool] = False
+    """Whether its guard takes no longer than about a millisecond for a thousand characters, and asks nobody."""
+
     where: Literal["process", "sidecar"] = Field(
         "process", description="process: in the server itself. sidecar: in the process of `inferwatch guards serve`."
     )

@@ -37,6 +37,7 @@ class SecretsConfig(GuardPolicy):
     """`[collector.guards.secrets]`: looks at answers by default."""
 
     able = frozenset({"input", "retrieved", "tool", "output"})
+    quick = True
     stages: frozenset[Stage] | None = Field(_OUTPUT, min_length=1, description="Judge only these stages.")
     actions: dict[Kind, Action] = Field(
         default_factory=dict,

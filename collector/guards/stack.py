@@ -84,6 +84,13 @@ class GuardStack:
         return {post.guard.name: post.guard.version for post in self._posts}
 
     @property
+    def quick(self) -> bool:
+        """Whether all that judge prompts do so here, in about a millisecond a thousand characters."""
+        return all(
+            post.policy.quick and post.policy.where == "process" for post in self._posts if post.stages - {"output"}
+        )
+
+    @property
     def stages(self) -> frozenset[Stage]:
         """Those that any guard judges."""
         return frozenset(stage for post in self._posts for stage in post.stages)

@@ -1,5 +1,6 @@
 """A gate with what is behind it: a recording app, a recording publisher, a guard that knows one word."""
 
+import threading
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from collector.guards.secrets import SecretsConfig
 from collector.guards.stack import GuardStack
 from collector.identity import KeyRing, Pseudonyms, new_api_key
 from collector.journal import JournalFull
+from collector.judging import JudgingThreads
 from collector.lanes import Counters
 from collector.routes import GateConfig
 
@@ -44,15 +46,23 @@ class Recorder:
 
 
 class Watch:
-    """A guard that blocks `attack` and remembers the threads and texts it saw."""
+    """A guard that blocks `attack`, waits where it says `wait`, and remembers its threads."""
 
     name, version = "secrets", "test"
     stages = frozenset({"input", "tool", "retrieved"})
     labels = frozenset({"attack"})
     probes = (Probe("attack", "input", block=True), Probe("fine", "input", block=False))
 
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+        self.waiting, self.go_on = threading.Semaphore(0), threading.Event()
+
     def judge(self, text: str, stage: str, context: object = None) -> Judgement:
         """The judgement."""
+        self.threads.add(threading.current_thread().name)
+        if "wait" in text:
+            self.waiting.release()
+            self.go_on.wait(10)
         bad = "attack" in text
         return Judgement(0.9 if bad else 0.1, "attack" if bad else "", bad)
 
@@ -94,13 +104,21 @@ class App:
 class Site:
     """A gate, what is behind it, and what it wrote."""
 
-    def __init__(self, config: GateConfig, *, guarded: bool = True) -> None:
+    def __init__(
+        self,
+        config: GateConfig,
+        *,
+        guarded: bool = True,
+        policy: SecretsConfig | None = None,
+        threads: JudgingThreads | None = None,
+    ) -> None:
         self.app, self.publisher = App(), Recorder()
         self.key, key_id, table = new_api_key(user="alice")
         self.proxy_key, proxy_id, proxy = new_api_key(user="proxy", on_behalf=True)
-        policy = SecretsConfig(stages=frozenset(Watch.stages))
+        policy = policy or SecretsConfig(stages=frozenset(Watch.stages))
         order = ("secrets",) if guarded else ()
-        guards = GuardStack(GuardsConfig(order=order, secrets=policy, cache_entries=0), guards={"secrets": Watch()})
+        self.guard = Watch()
+        guards = GuardStack(GuardsConfig(order=order, secrets=policy, cache_entries=0), guards={"secrets": self.guard})
         self.auditor = Auditor(
             self.publisher,  # type: ignore[arg-type]  # the recorder has what the auditor calls
             guards,
@@ -109,6 +127,7 @@ class Site:
             ),
             config,
             model_version="m@1",
+            threads=threads,
         )
         self.stopped = 0
         self.gate = Gate(self.app, auditor=lambda _: self.auditor, stop=self.stop)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from collector.auditor import Auditor
-from collector.context import exchange
+from collector.context import Claim, exchange
 from collector.gate import Gate
 from tests.collector.gating import BODY, CHAT, Site, lifespan
 
@@ -142,13 +142,11 @@ async def test_a_verdict_counts_for_its_own_prompt_only(site: Site) -> None:
     site.app.status = 400
     await site.send("POST", "/v1/completions", json={"prompt": ["fine", "good"]})
     (at_hand,) = site.app.exchanges
-    assert at_hand.judged("fine") is at_hand.prompts[0]
-    assert at_hand.judged("fine and more") is None
-    at_hand.engine_requests = 1
-    assert at_hand.judged("fine") is None
-    assert at_hand.judged("good") is at_hand.prompts[1]
-    at_hand.engine_requests = 2
-    assert at_hand.judged("good") is None
+    assert at_hand.claim("fine") == Claim(at_hand.prompts[0], fits=True)
+    assert at_hand.claim("fine") == Claim(at_hand.prompts[1], fits=False)
+    assert at_hand.claim("good") == Claim()
+    at_hand.claimed = 0
+    assert at_hand.claim(None) == Claim(at_hand.prompts[0], fits=False)
 
 
 async def test_where_no_event_can_be_written_nothing_is_answered(site: Site) -> None:
