@@ -16,7 +16,7 @@ from pydantic import Field
 
 from collector.event import Stage
 from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, Judgement, Probe
-from collector.guards.secrets import Action, luhn
+from collector.guards.secrets import Action, luhn, readings
 
 Kind = Literal[
     "de_tax_id", "es_dni", "fr_nir", "it_codice_fiscale", "uk_nino", "uk_nhs", "nl_bsn", "pl_pesel",
@@ -254,14 +254,15 @@ class PiiGuard:
     name = "pii"
     stages = PiiConfig.able
     reads: frozenset[str] = frozenset()
-    window_chars = 128
+    window_chars = 384
+    """A telling word may stand 48 characters before, and each of those may be an escape of six (`secrets.readings`)."""
     labels: frozenset[str] = frozenset(get_args(Kind))
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None) -> None:
         chosen: dict[Kind, Action] = {**DEFAULT_ACTIONS, **(actions or {})}
         self._actions: Mapping[str, Action] = {str(kind): action for kind, action in chosen.items()}
         parts = [(each.kind, each.regex.pattern, each.beside) for each in FORMATS]
-        self.version = f"1+{hashlib.sha256(repr((parts, sorted(self._actions.items()))).encode()).hexdigest()[:12]}"
+        self.version = f"2+{hashlib.sha256(repr((parts, sorted(self._actions.items()))).encode()).hexdigest()[:12]}"
 
     @property
     def probes(self) -> Sequence[Probe]:
@@ -277,7 +278,9 @@ class PiiGuard:
         )
 
     def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:  # noqa: ARG002 - patterns only
-        actions = {kind: self._actions.get(kind, "block") for kind in self._kinds(text)}
+        actions = {
+            kind: self._actions.get(kind, "block") for reading in readings(text) for kind in self._kinds(reading)
+        }
         told = sorted(kind for kind, action in actions.items() if action != "ignore")
         block = "block" in actions.values()
         return Judgement(1.0 if block else _REPORT_SCORE if told else 0.0, "+".join(told), block)

@@ -3,7 +3,8 @@
 `[collector.guards.secrets]`. A pattern alone cries wolf, so what has a check is checked: cards by Luhn (ISO/IEC 7812)
 and issuer range, IBAN by its country's length and mod 97 (ISO 13616), nameless secrets by entropy beside a word such as
 `password`. Every pattern takes time linear in the text: each starts at a boundary, and its parts are possessive or
-bounded. What was found is never returned, only which kinds.
+bounded. What was found is never returned, only which kinds. The arguments of tools are JSON in a string, so a text with
+backslashes is judged a second time with its escapes undone.
 """
 
 import hashlib
@@ -141,6 +142,17 @@ def is_random(found: str) -> bool:
     )
 
 
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|([\"\\/bfnrt]))")
+_UNESCAPED: Final = dict(zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True))
+
+
+def readings(text: str) -> Iterator[str]:
+    """The text, and what it says where JSON's escapes (RFC 8259, section 7) stand in it, undone once. Linear."""
+    yield text
+    if "\\" in text:
+        yield _ESCAPE.sub(lambda found: _UNESCAPED[found[2]] if found[2] else chr(int(found[1], 16)), text)
+
+
 def _token(kind: Kind, *heads: str, body: str) -> Pattern:
     """A key that starts with one of `heads` at a word's edge and goes on as `body`."""
     joined = "|".join(re.escape(head) for head in heads)
@@ -201,14 +213,18 @@ class SecretsGuard:
     labels: frozenset[str] = frozenset(get_args(Kind))
     reads: frozenset[str] = frozenset()
     window_chars = 256
-    """Of what holds blanks, an assignment of a secret is the longest; everything else is one run."""
+    """Of what holds blanks, an assignment of a secret is the longest; everything else is one run. Enough where each
+    character is an escape of six, too: escapes hold no blank, and before its last run an assignment has 31 characters.
+    """
 
     def __init__(self, *, actions: Mapping[Kind, Action] | None = None, contacts_max: int = 0) -> None:
         chosen: dict[Kind, Action] = {**DEFAULT_ACTIONS, **(actions or {})}
         self._actions: Mapping[str, Action] = {str(kind): action for kind, action in chosen.items()}
         self._contacts_max = contacts_max
         parts = [(pattern.kind, pattern.regex.pattern) for pattern in PATTERNS]
-        told = repr((parts, _EMAIL.pattern, _PHONE.pattern, sorted(self._actions.items()), contacts_max))
+        told = repr(
+            (parts, _ESCAPE.pattern, _EMAIL.pattern, _PHONE.pattern, sorted(self._actions.items()), contacts_max)
+        )
         self.version = f"1+{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
     @property
@@ -221,7 +237,9 @@ class SecretsGuard:
         )
 
     def judge(self, text: str, stage: Stage, context: Context = ALONE) -> Judgement:  # noqa: ARG002 - patterns only
-        actions = {kind: self._actions.get(kind, "block") for kind in self._kinds(text)}
+        actions = {
+            kind: self._actions.get(kind, "block") for reading in readings(text) for kind in self._kinds(reading)
+        }
         told = sorted(kind for kind, action in actions.items() if action != "ignore")
         block = "block" in actions.values()
         return Judgement(1.0 if block else _REPORT_SCORE if told else 0.0, "+".join(told), block)

@@ -1,5 +1,6 @@
 """Personal numbers are found by their checks, and numbers that only look alike are not."""
 
+import json
 import random
 import string
 
@@ -40,6 +41,13 @@ def test_a_published_example_is_found_and_its_miscopy_is_not(kind: Kind) -> None
     block = kind != "date_of_birth"
     assert guard.judge(f"It is {good}, as filed.", "output") == Judgement(1.0 if block else 0.25, kind, block)
     assert kind not in guard.judge(f"It is {bad}, as filed.", "output").label
+
+
+@pytest.mark.parametrize("kind", [each.kind for each in FORMATS])
+def test_an_example_in_the_arguments_of_a_tool_is_found(kind: Kind) -> None:
+    """They are JSON in a string, with escapes."""
+    text = json.dumps({"content": f"1\n{KNOWN[kind][0]}\tas filed"}).replace(" ", "\\u0020")
+    assert kind in PiiGuard().judge(text, "output").label
 
 
 @pytest.mark.parametrize("kind", ["de_tax_id", "es_dni", "uk_nhs", "nl_bsn", "pl_pesel", "in_aadhaar"])

@@ -1,5 +1,6 @@
 """The secrets guard finds what is a secret, and lets look-alikes pass."""
 
+import json
 import time
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.guards.protocol import Judgement
-from collector.guards.secrets import IBAN_LENGTHS, PATTERNS, SecretsConfig, SecretsGuard, is_iban, luhn
+from collector.guards.secrets import IBAN_LENGTHS, PATTERNS, SecretsConfig, SecretsGuard, is_iban, luhn, readings
 
 CLEAR = Judgement(0.0, "", block=False)
 MIXED = "q7Rt2Lx9Zb4Kc8Vn1Pw5Yd3Hs6Jg0Mf7Ta2Ue9"
@@ -39,6 +40,25 @@ def test_a_secret_is_blocked_by_its_kind(kind: str, place: str) -> None:
     assert SecretsGuard().judge(place.format(FOUND[kind]), "output") == Judgement(1.0, kind, block=True)
 
 
+@pytest.mark.parametrize("kind", FOUND)
+@pytest.mark.parametrize("before", ["\n", "x\t", "\r\n", "é\\", "“", "/"])
+def test_a_secret_in_the_arguments_of_a_tool_is_found(kind: str, before: str) -> None:
+    """They are JSON in a string: a letter of an escape stands where a word's edge is, and quotes have a backslash."""
+    for text in (json.dumps({"content": f"{before}{FOUND[kind]}"}), _all_escaped(f" {FOUND[kind]} ")):
+        assert SecretsGuard().judge(text, "output") == Judgement(1.0, kind, block=True)
+
+
+def _all_escaped(text: str) -> str:
+    return "".join(f"\\u{ord(char):04X}" for char in text)
+
+
+def test_escapes_are_undone_once() -> None:
+    """As a JSON parser undoes them; a text without a backslash has one reading."""
+    text = r"a\nb \\n \" \/ \u00e9\ud83d \x \u12 C:\dir"
+    assert list(readings(text)) == [text, 'a\nb \\n " / \u00e9\ud83d \\x \\u12 C:\\dir']
+    assert list(readings("no escape")) == ["no escape"]
+
+
 HARMLESS = (
     "The answer is 42.",
     "Call the function with api_key=YOUR_API_KEY_GOES_HERE_PLEASE",
@@ -60,6 +80,7 @@ HARMLESS = (
     "3f786850e387550fdab836ed7e6dc881de23001b",
     "123e4567-e89b-12d3-a456-426614174000",
     "my_secret_function(a, b) returns token",
+    r"C:\Users\nobody\tokens\u0041 and \\server\share",
 )
 
 
@@ -115,6 +136,7 @@ def test_iban_takes_one_check_number_only(country: str, seed: str, check: int) -
 HOSTILE = (
     "a", "AKIA", "eyJ", "eyJaaaaaaaa.", "1 ", "1", "4111 ", "secret=", "secret_", "secret = '", "AB12 ", "a@", "a.a@a.",
     "+1 ", "a://b:", "A", "12-", "é", "-----BEGIN ", "GB82WEST", "(123) ", "sk-", "4", "4-", "password" + " ", "://", "://a:",
+    "\\", "\\n", "\\u0041",
 )  # fmt: skip
 
 
