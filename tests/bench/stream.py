@@ -18,7 +18,8 @@ from typing import Any
 
 import structlog
 
-from streams.broker import Broker, BrokerSettings
+from streams.broker import Broker
+from streams.config import BrokerSettings
 from tests.bench import stream_latency, stream_rate, stream_scale
 
 PARTS = ("rate", "two", "latency", "scale")

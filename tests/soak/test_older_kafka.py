@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from collector.kafka import KafkaConfig, ensure_topics
-from streams.broker import Broker, BrokerSettings
+from streams.broker import Broker
+from streams.config import BrokerSettings
 from tests.streams import traffic
 from tests.streams.worker import Worker, wait_until
 

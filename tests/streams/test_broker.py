@@ -18,7 +18,8 @@ import pytest
 
 from collector.kafka import BatchWriter, KafkaConfig, TopicPartition, ensure_topics, make_consumer, make_producer
 from streams import jars
-from streams.broker import Broker, BrokerError, BrokerSettings
+from streams.broker import Broker, BrokerError
+from streams.config import BrokerSettings
 from tests.conftest import RunningBroker
 
 pytestmark = pytest.mark.kafka

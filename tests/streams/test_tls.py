@@ -14,8 +14,9 @@ from collector.config import JournalConfig, PublisherConfig
 from collector.event import AuditEvent, decode
 from collector.kafka import BrokerAway, KafkaConfig, LoginRefused, ensure_topics, wait_for_broker
 from collector.publisher import Publisher
-from streams.broker import Broker, BrokerSettings
+from streams.broker import Broker
 from streams.broker_properties import SecureListener
+from streams.config import BrokerSettings
 from streams.status import read_status
 from tests.streams import traffic
 from tests.streams.certificates import Authority
