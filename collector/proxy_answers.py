@@ -3,13 +3,17 @@
 Works on parsed JSON of any of the APIs in `proxy_routes`: a whole answer, or one frame of a stream (an SSE event's
 `data`, a line of NDJSON). Counts come from where these APIs put them: `usage` (OpenAI, Anthropic), `eval_count`
 (Ollama). Every string that is not known to be a label counts as text of the model's, so that fields that come with
-later versions are judged too. Memory: the text of one answer, where a guard judges it.
+later versions are judged too. The arguments of a tool are the model's own making: as JSON they are one text, with names
+and numbers. Memory: the text of one answer, where a guard judges it.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import orjson
+
 from collector.holdback import Piece
+from collector.proxy_frames import Garbled
 from collector.proxy_routes import Api
 
 Frame = Mapping[str, Any]
@@ -18,9 +22,11 @@ Path = tuple[object, ...]
 _LABELS: Final = frozenset(
     {"id", "object", "model", "created", "created_at", "role", "type", "index", "finish_reason", "done_reason"}
     | {"stop_reason", "stop_sequence", "system_fingerprint", "service_tier", "usage", "status", "item_id", "call_id"}
-    | {"error", "logprobs", "instructions", "tools", "tool_choice", "metadata", "user", "timings", "annotations"}
+    | {"logprobs", "instructions", "tools", "tool_choice", "metadata", "user", "timings"}
     | {"remote_model", "remote_host", "encrypted_content", "signature", "incomplete_details", "reasoning_effort"}
 )
+_ARGUMENTS: Final = frozenset({"input", "arguments"})
+_DEPTH_MAX: Final = 32
 _FINISHES: Final[Mapping[str, str]] = {
     "stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos_token": "stop", "eos": "stop",
     "completed": "stop", "unload": "stop", "load": "stop", "length": "length", "max_tokens": "length",
@@ -52,7 +58,7 @@ class Seen:
         """The labels of the first frame, for the answer that is put in its place where it is blocked."""
 
     def see(self, frame: Frame) -> bool:
-        """Take note of a whole answer or of a frame; whether the model said anything in it."""
+        """Take note of a whole answer or of a frame; whether the model said anything in it. Raises Garbled."""
         if not self.head:
             self.head = {name: frame[name] for name in ("id", "created", "created_at", "model") if name in frame}
         if frame.get("error"):
@@ -63,7 +69,7 @@ class Seen:
         kind = str(frame.get("type", ""))
         self.pieces.clear()
         for path, text in [] if self._api == "vectors" else _texts(frame, (kind, frame.get("output_index"))):
-            said = said or bool(text)
+            said = said or (bool(text) and "error" not in path)
             if self._keep:
                 self._texts.setdefault(path, []).append(text)
                 self.pieces.append(Piece(path, text, _choice(path)))
@@ -136,19 +142,28 @@ def _count(value: object) -> int:
 
 
 def _texts(value: object, path: Path, depth: int = 0) -> Iterator[tuple[Path, str]]:
-    """Every text within and where it stands: pieces of one text stand at one place in all frames."""
-    if depth > 32:
-        return
+    """Every text within and where it stands: pieces of one text stand at one place in all frames. Raises Garbled."""
+    if depth > _DEPTH_MAX:
+        raise Garbled("an answer is nested too deeply")
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, entry in value.items():
-            if key not in _LABELS:
+            if key in _ARGUMENTS and entry and not isinstance(entry, str):
+                yield (*path, key), _json(entry)
+            elif key not in _LABELS:
                 yield from _texts(entry, (*path, key), depth + 1)
     elif isinstance(value, list):
         for place, entry in enumerate(value):
             index = entry.get("index") if isinstance(entry, dict) else None
             yield from _texts(entry, (*path, index if isinstance(index, int) else place), depth + 1)
+
+
+def _json(arguments: object) -> str:
+    try:
+        return orjson.dumps(arguments).decode()
+    except orjson.JSONEncodeError:
+        raise Garbled("an answer is nested too deeply") from None
 
 
 def _choice(path: Path) -> int:

@@ -101,12 +101,12 @@ class Relay:
         raw = await answer.whole()
         try:
             said = orjson.loads(raw)
-        except ValueError:
+            for entry in said if isinstance(said, list) else [said]:
+                if not isinstance(entry, dict):
+                    raise UpstreamFailed(502, "upstream_garbled")
+                self._seen.see(entry)
+        except ValueError:  # Garbled is one
             raise UpstreamFailed(502, "upstream_garbled") from None
-        for entry in said if isinstance(said, list) else [said]:
-            if not isinstance(entry, dict):
-                raise UpstreamFailed(502, "upstream_garbled")
-            self._seen.see(entry)
         verdicts, blocked = await self._judge()
         if blocked:
             raw = orjson.dumps(withheld_whole(self._api, self._seen, self._auditor.gate.blocked_text))
