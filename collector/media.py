@@ -9,7 +9,7 @@ import base64
 import binascii
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -36,10 +36,13 @@ KINDS: Final[Mapping[str, Kind]] = {
     "file": "file",
     "image_embeds": "embeds",
     "audio_embeds": "embeds",
+    "video_embeds": "embeds",
+    "prompt_embeds": "embeds",
 }
 _NAMES: Final = frozenset(KINDS)
 _WORDS: Final = frozenset({"image", "audio", "video", "videos", "file"})
 """Keys that other things are called by, too: a text under them is media only where it is an address."""
+_WRAPPED_MAX: Final = 4
 _PAYLOADS: Final = ("url", "data", "image_url", "file_data", "file_url", "source", "b64_json")
 
 
@@ -79,17 +82,21 @@ def _search(value: object, depth: int, found: list[Item]) -> None:
         return
     if not isinstance(value, dict):
         return
-    named = not _NAMES.isdisjoint(value)
-    carried = sorted(key for key in _NAMES.intersection(value) if _carries(key, value[key])) if named else []
-    kind = value.get("type")
-    if not carried and isinstance(kind, str) and kind in KINDS:
-        found.append(_item(KINDS[kind], value))
-        return
-    for key in carried:
-        found += [_item(KINDS[key], entry) for entry in (value[key] if isinstance(value[key], list) else [value[key]])]
+    carried = {} if _NAMES.isdisjoint(value) else {key: KINDS[key] for key in value if _is_media(key, value[key])}
+    before, kind = len(found), KINDS.get(str(value.get("type")))
+    if kind is not None:
+        carried |= {key: kind for key in _PAYLOADS if value.get(key) and key not in carried}
+    for key in sorted(carried):
+        found += _items(carried[key], value[key])
     for key, entry in value.items():
         if isinstance(entry, dict | list) and key not in carried:
             _search(entry, depth + 1, found)
+    if kind is not None and len(found) == before:
+        found.append(Item(kind))
+
+
+def _is_media(key: str, value: object) -> bool:
+    return key in _NAMES and _carries(key, value)
 
 
 def _carries(key: str, value: object) -> bool:
@@ -102,26 +109,39 @@ def _carries(key: str, value: object) -> bool:
 
 
 def _is_address(text: str) -> bool:
-    return text.startswith(("data:", "http:", "https:", "file:", "s3:", "gs:"))
+    return text[:6].lower().startswith(("data:", "http:", "https:", "file:", "s3:", "gs:"))
 
 
-def _item(kind: Kind, value: object) -> Item:
-    """The payload of a part, whatever it is wrapped in."""
-    for _ in range(4):
-        if isinstance(value, dict):
-            value = next((value[name] for name in _PAYLOADS if value.get(name)), None)
-    if not isinstance(value, str):
-        return Item(kind)
-    if value.startswith("data:"):
-        head, _, value = value.partition(",")
+def _items(kind: Kind, value: object) -> list[Item]:
+    """One for each payload of a part, whatever it is wrapped in: which of several a server takes is its own affair."""
+    return [_item(kind, payload) for payload in _payloads(value, 0)] or [Item(kind)]
+
+
+def _payloads(value: object, depth: int) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list) and depth == _WRAPPED_MAX:
+        yield ""  # unread, so it counts as one that no guard can judge
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _payloads(entry, depth + 1)
+    elif isinstance(value, dict):
+        for name in _PAYLOADS:
+            if value.get(name):
+                yield from _payloads(value[name], depth + 1)
+
+
+def _item(kind: Kind, payload: str) -> Item:
+    if payload[:5].lower() == "data:":
+        head, _, payload = payload.partition(",")
         if not head.endswith(";base64"):
-            return Item(kind, data=value.encode("utf-8", "surrogatepass"))
-    elif _is_address(value):
-        return Item(kind, url=value)
+            return Item(kind, data=payload.encode("utf-8", "surrogatepass"))
+    elif _is_address(payload):
+        return Item(kind, url=payload)
     try:
-        return Item(kind, data=base64.b64decode(value))
+        return Item(kind, data=base64.b64decode(payload))
     except (binascii.Error, ValueError):
-        return Item(kind, data=value.encode("utf-8", "surrogatepass"))
+        return Item(kind, data=payload.encode("utf-8", "surrogatepass"))
 
 
 def listed(found: Sequence[Media]) -> dict[str, object]:

@@ -32,6 +32,7 @@ _ROLES: Final[Mapping[str, Role]] = {
 _STAGES: Final[Mapping[Role, Stage]] = {"user": "input", "tool": "tool", "document": "retrieved"}
 _OPAQUE: Final = frozenset(
     {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "image_embeds", "audio_embeds"}
+    | {"video_embeds", "prompt_embeds", "image_pil"}
 )
 """Kinds of content that are no text; the bytes of it are not for text guards."""
 _PAYLOADS: Final = _OPAQUE | {"source", "url", "data"}
