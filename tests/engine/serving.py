@@ -34,7 +34,7 @@ class Process:
                 command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def wait_ready(self, timeout_s: float = 240) -> None:
+    def wait_ready(self, timeout_s: float = 480) -> None:
         """Returns when it answers /health; fails with the end of its log."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.process.poll() is None:
