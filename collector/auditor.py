@@ -13,7 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from collector.audit import Audit, Blocked, EngineRequest, Unaudited
-from collector.chunks import chunks, marked
+from collector.chunks import Chunk, chunks, marked, take_out
 from collector.context import Caller, Claim, Exchange, Judged, exchange
 from collector.doors import Identity
 from collector.event import GuardResult, Media, Stage, Status
@@ -117,14 +117,15 @@ class Auditor:
         """Take out of a body the chunks that policy wants out of it; `at_hand` is told. Blocking."""
         around = (views[0].system, views[0].prompt) if views else ("", "")
         context = Context(at_hand.caller.tenant, at_hand.route, *around, self._names(at_hand.caller).session)
-        found, verdicts = chunks(operation, body, self.gate.markers), list[GuardResult]()
+        found, gone, verdicts = chunks(operation, body, self.gate.markers), list[Chunk](), list[GuardResult]()
         for chunk, (results, _) in zip(
             found, self.judge_each([(chunk.stage, chunk.text) for chunk in found], context), strict=True
         ):
             if self.guards.takes_out(results, context):
-                chunk.take_out()
-                at_hand.chunks_removed += 1
+                gone.append(chunk)
                 verdicts += results
+        take_out(gone)
+        at_hand.chunks_removed = len(gone)
         at_hand.chunk_verdicts = worst(verdicts)
 
     def drops(self, caller: Caller, route: str) -> bool:

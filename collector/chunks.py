@@ -7,7 +7,7 @@ that is taken out of a list of documents is gone; elsewhere a fixed word stands 
 servers want each tool call to have its answer. Raises `TooDeep` as `collector.prompt` does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from collector.event import Stage
@@ -23,11 +23,12 @@ _DOCUMENT_PARTS: Final = frozenset({"document", "search_result"})
 
 
 class Chunk(NamedTuple):
-    """One of them. `take_out` changes the body that it was found in."""
+    """One of them: the `number`th that `write` can leave out of the text or list where it was found."""
 
     stage: Stage
     text: str
-    take_out: Callable[[], None]
+    write: Callable[[set[int]], None]
+    number: int = 0
 
     def __repr__(self) -> str:
         return f"Chunk({self.stage}, {len(self.text)} characters)"
@@ -88,19 +89,25 @@ def chunks(operation: str, body: dict[str, Any], markers: Markers) -> list[Chunk
     return found
 
 
+def take_out(found: Iterable[Chunk]) -> None:
+    """Take chunks out of their body: each text and list is written once. Once for one call of `chunks`."""
+    gone: dict[Callable[[set[int]], None], set[int]] = {}
+    for chunk in found:
+        gone.setdefault(chunk.write, set()).add(chunk.number)
+    for write, numbers in gone.items():
+        write(numbers)
+
+
 def _documents(holder: dict[str, Any]) -> Iterator[Chunk]:
     documents = holder.get("documents")
     if not isinstance(documents, list):
         return
-    for document in list(documents):
-        yield Chunk("retrieved", text_of(document, document=True), _remover(documents, document))
 
+    def write(gone: set[int]) -> None:
+        documents[:] = [entry for number, entry in enumerate(documents) if number not in gone]
 
-def _remover(among: list[Any], one: Any) -> Callable[[], None]:
-    def take_out() -> None:
-        among[:] = [entry for entry in among if entry is not one]
-
-    return take_out
+    for number, document in enumerate(documents):
+        yield Chunk("retrieved", text_of(document, document=True), write, number)
 
 
 def _message(message: object, markers: Markers) -> Iterator[Chunk]:
@@ -130,11 +137,11 @@ def _part(parts: Any, place: int, part: object, markers: Markers) -> Iterator[Ch
         yield from _text(parts, place, markers)
 
 
-def _setter(holder: Any, key: Any, value: object = REMOVED) -> Callable[[], None]:
-    def take_out() -> None:
+def _setter(holder: Any, key: Any, value: object = REMOVED) -> Callable[[set[int]], None]:
+    def write(_gone: set[int]) -> None:
         holder[key] = value
 
-    return take_out
+    return write
 
 
 def _text(holder: Any, key: Any, markers: Markers) -> Iterator[Chunk]:
@@ -146,19 +153,14 @@ def _text(holder: Any, key: Any, markers: Markers) -> Iterator[Chunk]:
     if not isinstance(text, str):
         return
     places = spans(text, markers)
-    gone: set[int] = set()
 
-    def remover(number: int) -> Callable[[], None]:
-        def take_out() -> None:
-            gone.add(number)
-            kept, at = [], 0
-            for other, (start, end) in enumerate(places):
-                if other in gone:
-                    kept += [text[at:start], REMOVED]
-                    at = end
-            holder[key] = "".join([*kept, text[at:]])
-
-        return take_out
+    def write(gone: set[int]) -> None:
+        kept, at = [], 0
+        for number in sorted(gone):
+            start, end = places[number]
+            kept += [text[at:start], REMOVED]
+            at = end
+        holder[key] = "".join([*kept, text[at:]])
 
     for number, (start, end) in enumerate(places):
-        yield Chunk("retrieved", text[start:end], remover(number))
+        yield Chunk("retrieved", text[start:end], write, number)

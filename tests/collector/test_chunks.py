@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from collector.chunks import REMOVED, chunks, spans
+from collector.chunks import REMOVED, chunks, spans, take_out
 from collector.guards.config import GuardsConfig
 from collector.guards.stack import GuardStack
 from collector.routes import GateConfig
@@ -92,9 +92,7 @@ BODIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_a_chunk_is_taken_out_and_the_rest_stays_as_it_was(name: str) -> None:
     """Wherever it stands; nothing but the chunk is another."""
     operation, body, without = copy.deepcopy(BODIES[name])
-    for chunk in chunks(operation, body, MARKS):
-        if "attack" in chunk.text:
-            chunk.take_out()
+    take_out(chunk for chunk in chunks(operation, body, MARKS) if "attack" in chunk.text)
     assert body == without
 
 
@@ -130,14 +128,32 @@ def test_all_marked_spans_can_go_in_any_order() -> None:
         body = {"prompt": text}
         found = chunks("completion", body, MARKS)
         draw.shuffle(found)
-        for chunk in found:
-            assert chunk.text in text
-            chunk.take_out()
+        assert all(chunk.text in text for chunk in found)
+        take_out(found)
         places, rest, at = spans(text, MARKS), "", 0
         for start, end in places:
             assert start >= at
             rest, at = f"{rest}{text[at:start]}{REMOVED}", end
         assert body["prompt"] == rest + text[at:], f"seed {seed}"
+
+
+def test_each_text_is_written_once() -> None:
+    """However many spans go: to write it for each is quadratic."""
+
+    class Counted(dict[str, Any]):
+        """A body that counts how often it is written to."""
+
+        written = 0
+
+        def __setitem__(self, key: str, value: Any) -> None:
+            self.written += 1
+            super().__setitem__(key, value)
+
+    body = Counted(prompt=f"<document>{BAD}</document> and " * 200)
+    found = chunks("completion", body, MARKS)
+    assert len(found) > 200
+    take_out(found)
+    assert body.written == 1
 
 
 def site(**policy: Any) -> Site:
