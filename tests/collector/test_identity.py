@@ -71,6 +71,13 @@ def test_a_plain_sha256_is_given_only_where_asked_for() -> None:
     assert known not in Pseudonyms(KEY).digest("abc")
 
 
+@given(st.text(min_size=1, max_size=300))
+def test_a_digest_is_the_hmac_of_the_standard_library(text: str) -> None:
+    """Under a key of its own, which is derived from the tenant's."""
+    raw, key = text.encode("utf-8", "surrogatepass"), hmac.digest(KEY, b"inferwatch/text", "sha256")
+    assert Pseudonyms(KEY).digest(text) == "hmac:" + hmac.digest(key, raw, "sha256").hex()
+
+
 @given(st.text(st.characters(exclude_categories=[]), max_size=200))
 def test_any_text_has_a_digest(text: str) -> None:
     """Lone surrogates and all; text and its UTF-8 bytes are the same."""
