@@ -6,7 +6,9 @@ is judged in one piece before any of it leaves, wherever the pieces of the strea
 ASCII without a blank, such as a key, is neither judged nor let go in part, up to `RUN_CHARS_MAX`.
 
 An answer can hold several texts: choices, reasoning, the arguments of tool calls. A text that has stopped growing is
-judged to its end, and what came after it in its choice counts as what came after. Memory: what is not let go.
+judged and let go to its end, and what came after it in its choice counts as what came after. Should it grow again, its
+end is judged once more with what follows: of what was parted so, the first part is out, and never the whole. Memory:
+what is not let go, and the last `chars` characters of each text.
 """
 
 from collections.abc import Hashable, Iterable
@@ -108,15 +110,17 @@ class HoldBack:
         return found
 
     def rest(self) -> list[str]:
-        """At the end of the answer: what was not judged to its end, from where it was let go."""
+        """At the end of the answer: what was not judged to its end."""
         return [text.kept for text in self._texts.values() if text.judged < text.end]
 
     def pass_(self) -> None:
         """The windows last given were judged, and none is blocked."""
         for text in self._texts.values():
             idle = self._grown[text.group] - text.grown_at
-            text.safe = max(text.safe, text.edge(text.judged - max(0, self._chars - idle)))
-            text.kept, text.start = text.kept[text.safe - text.start :], text.safe
+            start = text.edge(text.judged - self._chars)
+            after = text.judged if idle >= self._chars else text.edge(text.judged - self._chars + idle)
+            text.safe = max(text.safe, after)
+            text.kept, text.start = text.kept[start - text.start :], start
 
     def free(self, marks: Iterable[Mark]) -> bool:
         """Whether what reaches to these places may go out."""

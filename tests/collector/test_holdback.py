@@ -106,6 +106,41 @@ def test_a_text_that_grows_no_more_does_not_hold_up_the_next() -> None:
     assert [hold.free([mark]) for mark in (said[0], said[-1])] == [True, False]
 
 
+def test_a_text_that_ends_with_a_word_does_not_hold_up_the_next() -> None:
+    """Reasoning ends with a full stop, and arguments with a bracket, more often than with a blank."""
+    hold = HoldBack(CHARS)
+    thought = hold.grow("reasoning", "a thought.")
+    for _ in range(2 * CHARS // 5):
+        hold.grow("content", "word ")
+    hold.windows()
+    hold.pass_()
+    assert hold.free([thought])
+
+
+def test_what_another_text_parts_is_judged_whole_before_its_rest_leaves() -> None:
+    """Reasoning, content and arguments of one choice in turns, each for as long as the other's end is let go."""
+    for seed in range(200):
+        draw = random.Random(seed)  # noqa: S311 - repeatable, no secret
+        secret = draw.choice(["4111 1111 1111 1111", "KEY-" + "q7" * 20, "a b c d " * 7 + "e"])
+        cut = draw.randrange(1, len(secret))
+        before, after = (" word" * draw.randrange(30) + " " for _ in range(2))
+        turns = [("content", before + secret[:cut]), ("reasoning", "hm, " * draw.randint(20, 60))]
+        turns += [("content", secret[cut:] + after), ("reasoning", "so. " * 40), ("content", "word " * 40)]
+        hold, marks, end = HoldBack(CHARS), list[Mark](), len(before + secret)
+        whole = False
+        for key, text in turns:
+            size = draw.randint(3, 30)
+            for at in range(0, len(text), size):
+                mark = hold.grow(key, text[at : at + size])
+                marks += [mark] if key == "content" else []
+                if hold.due:
+                    whole = whole or any(secret in window for window in hold.windows())
+                    hold.pass_()
+                while marks and hold.free([marks[0]]):
+                    assert marks.pop(0).chars < end or whole, f"seed {seed}"
+        assert whole, f"seed {seed}"
+
+
 def test_each_choice_is_held_back_by_itself() -> None:
     """What comes in one choice says nothing of another; one that has ended is judged to its end."""
     hold = HoldBack(CHARS)
