@@ -100,7 +100,11 @@ class _Link:
                 self._number += 1
                 numbers.append(self._number)
             self._pending.update(dict.fromkeys(numbers, waiting))
-        self._write(b"".join(map(frame, numbers, bodies)), until_s)
+        try:
+            self._write(b"".join(map(frame, numbers, bodies)), until_s)
+        except BaseException:
+            self.forget(numbers)
+            raise
         return numbers
 
     def _write(self, raw: bytes, until_s: float) -> None:

@@ -11,7 +11,9 @@ from typing import Self
 import pytest
 
 from collector.event import GuardResult
+from collector.guards.sidecar_client import DeadlineExceeded
 from collector.guards.stack import GuardStack
+from collector.guards.wire import Ask
 from tests.collector.guards.sidecars import (
     BACK_S,
     LIMIT_S,
@@ -168,3 +170,14 @@ def test_killed_whole_it_leaves_nothing_and_the_next_takes_its_place(tmp_path: P
     finally:
         stack.close()
         process.stop(signal.SIGKILL)
+
+
+def test_what_was_never_written_is_not_waited_for(stack: GuardStack) -> None:
+    """A question that could not be sent in time leaves nothing behind."""
+    sidecar = stack._remote["secrets"]._sidecar
+    link = sidecar._link
+    assert link is not None
+    with link._writing, pytest.raises(DeadlineExceeded):
+        sidecar.ask([Ask("secrets", 50, "input", b"fine")] * 3, time.monotonic() + 0.05)
+    assert link._pending == {}
+    judged_again(stack)
