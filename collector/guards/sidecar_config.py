@@ -45,7 +45,7 @@ class SidecarConfig(BaseModel):
     frame_bytes_max: int = Field(
         33_554_432, ge=65_536, le=1_073_741_824, description="Largest question, context included; beyond: TextTooLong."
     )
-    connections_max: int = Field(64, ge=1, le=4_096, description="Clients at a time; one more is turned away.")
+    connections_max: int = Field(64, ge=1, le=4_096, description="Clients that have proved the token, at a time.")
 
     @model_validator(mode="after")
     def _loopback_needs_a_token(self) -> Self:

@@ -21,7 +21,7 @@ from collector.guards.nursery import Nursery
 from collector.guards.protocol import GuardRefused
 from collector.guards.sidecar_config import SidecarConfig
 from collector.guards.sidecar_peers import Client, Question, Worker
-from collector.guards.sidecar_socket import peer_uid
+from collector.guards.sidecar_socket import BACKLOG, peer_uid
 from collector.guards.wire import Answer, GuardTold, Ready, Welcome, ask_head_of, encode, frame
 
 log = structlog.get_logger(__name__)
@@ -34,6 +34,10 @@ _BATCH_S: Final = 0.02
 """A worker is given texts for about so long at once."""
 _COST_SHARE: Final = 0.1
 _TELL_S: Final = 1.0
+_STRANGERS_MAX: Final = 64
+"""Connections that have not said yet who they are. On a port any user of the machine can open them."""
+_ACCEPTED_MAX: Final = 8
+"""Taken in one round of the event loop, far fewer than _STRANGERS_MAX: an honest one gets rounds to say who it is."""
 
 
 def _failed(error: str) -> bytes:
@@ -54,6 +58,7 @@ class Front:
         if not any(config.policy(name).where == "sidecar" for name in config.names):
             raise GuardRefused('no guard of order has where = "sidecar": there is nothing to serve')
         self.clients: set[Client] = set()
+        self._strangers: dict[Client, None] = {}
         self.told: tuple[GuardTold, ...] = ()
         self._many: set[str] = set()
         self._workers: set[Worker] = set()
@@ -64,15 +69,31 @@ class Front:
         self._refused = ""
         self._told_s: dict[str, float] = {}
 
-    def admits(self, sock: socket.socket) -> bool:
-        """Whether a connection is taken: there is room, and its user is ours or root."""
-        if len(self.clients) >= self.config.connections_max:
-            self.tell("connections_max are there")
-            return False
+    def admits(self, client: Client, sock: socket.socket) -> bool:
+        """Whether a connection may say who it is: its user is ours or root, or there is a port, where nobody can tell.
+
+        Where too many are about to, the one that took longest makes room: an honest one says it at once.
+        """
         if sock.family == socket.AF_UNIX and peer_uid(sock) not in (os.geteuid(), 0):
             self.tell("another user")
             return False
+        self._strangers[client] = None
+        if len(self._strangers) > _STRANGERS_MAX:
+            next(iter(self._strangers)).turn_away("too many did not say who they are")
         return True
+
+    def knows(self, client: Client) -> bool:
+        """Whether one that has said who it is is taken: there is room."""
+        if len(self.clients) >= self.config.connections_max:
+            return False
+        self._strangers.pop(client, None)
+        self.clients.add(client)
+        return True
+
+    def loses(self, client: Client) -> None:
+        """A connection is over."""
+        self._strangers.pop(client, None)
+        self.clients.discard(client)
 
     def tell(self, why: str) -> None:
         """Log that a client is turned away, once a second for each reason: whoever knocks must not fill the log."""
@@ -151,8 +172,7 @@ class Front:
                 if other.guards and other.guards != ready.guards:
                     other.kill()
             for client in self.clients:
-                if client.known:
-                    client.send(frame(0, encode(self.welcome())))
+                client.send(frame(0, encode(self.welcome())))
 
     async def _keep(self) -> None:
         """One worker, and another when it ends. Raises GuardRefused where the first never gets ready, NurseryGone."""
@@ -203,7 +223,8 @@ class Front:
                 for ended in (keeper for keeper in keepers if keeper.done()):
                     ended.result()
                 if server is None and self.told:
-                    server = await loop.create_server(lambda: Client(self), sock=listener)
+                    server = await loop.create_server(lambda: Client(self), sock=listener, backlog=_ACCEPTED_MAX)
+                    listener.listen(BACKLOG)  # so many may wait, however few are taken at once
                     versions = {guard.name: guard.version for guard in self.told}
                     log.info("the sidecar serves", at=self.config.place, guards=versions, workers=self.config.workers)
                 self._sweep()
@@ -215,7 +236,7 @@ class Front:
         finally:
             for keeper in keepers:
                 keeper.cancel()
-            for client in [*self.clients]:
+            for client in [*self.clients, *self._strangers]:
                 client.close()
             for worker in self._workers:
                 worker.kill()

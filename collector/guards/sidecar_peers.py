@@ -65,12 +65,11 @@ class Client(asyncio.Protocol):
         """Somebody is there; this end speaks first."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self._transport = transport
-        if not self._front.admits(transport.get_extra_info("socket")):
+        if not self._front.admits(self, transport.get_extra_info("socket")):
             transport.abort()
             return
-        self._front.clients.add(self)
         self._watch = asyncio.get_running_loop().call_later(
-            self._front.config.connect_timeout_ms / 1000, self._turn_away, "it did not say who it is"
+            self._front.config.connect_timeout_ms / 1000, self.turn_away, "it did not say who it is"
         )
         transport.write(frame(0, encode(self._greeting)))
 
@@ -79,7 +78,7 @@ class Client(asyncio.Protocol):
         if self._watch is not None:
             self._watch.cancel()
         self._transport = None
-        self._front.clients.discard(self)
+        self._front.loses(self)
 
     def data_received(self, data: bytes) -> None:
         """Questions, or who it is."""
@@ -90,7 +89,7 @@ class Client(asyncio.Protocol):
                 else:
                     self._introduce(body)
         except (Garbled, *BAD_BODY):
-            self._turn_away("it sent what is no question")
+            self.turn_away("it sent what is no question")
         self._front.dispatch()
 
     def pause_writing(self) -> None:
@@ -118,24 +117,29 @@ class Client(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def turn_away(self, why: str) -> None:
+        """The end, at once."""
+        if self._transport is not None:
+            self._front.tell(why)
+            self._transport.abort()
+            self._transport = None
+            self._front.loses(self)
+
     def _introduce(self, body: bytes) -> None:
         hello = hello_of(body)
         token = self._front.token
         good = hmac.compare_digest(hello.proof, proof(token, b"client", self._greeting, hello.nonce))
         if hello.protocol != PROTOCOL or not good:
-            self._turn_away("it does not know the token" if not good else "it speaks another version")
+            self.turn_away("it does not know the token" if not good else "it speaks another version")
+            return
+        if not self._front.knows(self):
+            self.turn_away("connections_max are there")
             return
         self.known = True
         self._frames.body_bytes_max = self._front.config.frame_bytes_max
         if self._watch is not None:
             self._watch.cancel()
         self.send(frame(0, encode(self._front.welcome(proof(token, b"sidecar", self._greeting, hello.nonce)))))
-
-    def _turn_away(self, why: str) -> None:
-        if self._transport is not None:
-            self._front.tell(why)
-            self._transport.abort()
-            self._transport = None
 
 
 @dataclass(slots=True, repr=False, eq=False)

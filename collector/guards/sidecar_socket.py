@@ -6,9 +6,13 @@ import socket
 import stat
 import struct
 from pathlib import Path
+from typing import Final
 
 from collector.guards.protocol import GuardRefused
 from collector.guards.sidecar_config import SidecarConfig
+
+BACKLOG: Final = 128
+"""Connections that wait to be taken."""
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -26,7 +30,7 @@ def listen(config: SidecarConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     else:
         listener = _unix_listener(config.socket)
-    listener.listen(128)
+    listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener
 

@@ -2,14 +2,18 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collector.guards.config import GuardsConfig
 from collector.guards.protocol import GuardRefused
 from collector.guards.sidecar_client import Sidecar
 from collector.guards.sidecar_config import SidecarConfig
@@ -31,6 +35,7 @@ from collector.guards.wire import (
     proof,
 )
 from tests.collector.guards.sidecars import (
+    BACK_S,
     CANARY,
     Process,
     false_sidecar,
@@ -127,6 +132,7 @@ def test_half_a_frame_and_many_connections_take_no_room_from_others(shared: Proc
             for sock in idle:
                 sock.connect(str(shared.config.sidecar.socket))
             assert told(one(stack, "odd")) == ("block", "", "o1")
+            assert idle[-1].recv(1)  # the greeting: all have been taken
             assert sum(closed(sock, 0.01) for sock in idle) >= 80 - shared.config.sidecar.connections_max
             half.sendall(frame(1, QUESTION)[-5:])
             assert told(one(stack, "odd")) == ("block", "", "o1")
@@ -136,16 +142,22 @@ def test_half_a_frame_and_many_connections_take_no_room_from_others(shared: Proc
             sock.close()
 
 
-def test_a_port_needs_the_token_on_both_sides(tmp_path: Path) -> None:
-    """Who does not know it gets nothing, and a false sidecar on the port gets neither token nor text."""
-    token, wrong = tmp_path / "token", tmp_path / "wrong"
-    for file, secret in ((token, "s" * 40), (wrong, "w" * 40)):
-        file.write_text(secret)
-        file.chmod(0o600)
+def on_a_port(folder: Path, **sidecar: Any) -> GuardsConfig:
+    """A sidecar on a free port, with a token in `folder`."""
+    token = folder / "token"
+    token.write_text("s" * 40)
+    token.chmod(0o600)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = settings(tmp_path, host="127.0.0.1", port=port, token_file=str(token), connect_timeout_ms=300)
+    return settings(folder, host="127.0.0.1", port=port, token_file=str(token), **sidecar)
+
+
+def test_a_port_needs_the_token_on_both_sides(tmp_path: Path) -> None:
+    """Who does not know it gets nothing, and a false sidecar on the port gets neither token nor text."""
+    config, token, wrong = on_a_port(tmp_path, connect_timeout_ms=300), tmp_path / "token", tmp_path / "wrong"
+    wrong.write_text("w" * 40)
+    wrong.chmod(0o600)
     with serving(config, tmp_path):
         stack = GuardStack(config)
         assert told(one(stack, "odd")) == ("block", "", "o1")
@@ -159,6 +171,31 @@ def test_a_port_needs_the_token_on_both_sides(tmp_path: Path) -> None:
         config.sidecar.token()
     with pytest.raises(ValueError, match="needs token_file"):
         SidecarConfig(host="127.0.0.1")
+
+
+def test_who_has_proved_nothing_keeps_no_server_out(tmp_path: Path) -> None:
+    """Connections that say nothing, more than there are places, held or made anew all the time: servers get in."""
+    config = on_a_port(tmp_path, connect_timeout_ms=20_000, connections_max=2)
+    place = ("127.0.0.1", config.sidecar.port)
+    flood = (
+        "import collections, socket, sys\n"
+        "held = collections.deque(maxlen=200)\n"
+        "while True: held.append(socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5))"
+    )
+    with serving(config, tmp_path), ExitStack() as held:
+        for _ in range(200):
+            held.enter_context(socket.create_connection(place, 5))
+        servers = [held.enter_context(closing(Sidecar(config.sidecar))) for _ in range(2)]
+        assert all(server.wait(BACK_S) for server in servers)
+        one_more = held.enter_context(closing(Sidecar(config.sidecar)))
+        assert not one_more.wait(0.5)
+        flooding = subprocess.Popen([sys.executable, "-c", flood, str(place[1])], stderr=subprocess.DEVNULL)
+        held.callback(flooding.wait)
+        held.callback(flooding.kill)
+        time.sleep(0.5)
+        servers[0].close()
+        assert one_more.wait(2 * BACK_S)
+        assert flooding.poll() is None
 
 
 def greet(peer: socket.socket) -> None:
