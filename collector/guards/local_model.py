@@ -1,9 +1,10 @@
 """A transformers sequence classifier from a folder or a pinned revision, loaded so that the files can't do anything.
 
 Weights are safetensors; a folder with a pickle in it, code of its own (`auto_map`), weights that are damaged, missing,
-left over or no finite numbers is refused with one sentence. The tokenizer is `tokenizer.json`, read by `tokenizers`
-alone. Texts are read in overlapping windows to their very end, windows of equal length in one batch. Needs torch and
-transformers: the sidecar's environment or vLLM's.
+of another shape or no finite numbers is refused with one sentence, and so is a classifier with weights left over (an
+encoder may leave its model's head unused). The tokenizer is `tokenizer.json`, read by `tokenizers` alone. Texts are
+read in overlapping windows to their very end, windows of equal length in one batch. Needs torch and transformers: the
+sidecar's environment or vLLM's.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from collector.guards.protocol import GuardRefused, whole, windows
 
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
 _WANTED: Final = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+CLASSIFIER: Final = "AutoModelForSequenceClassification"
 _JSON_BYTES_MAX: Final = 64 * 1024 * 1024
 _SLICE_CHARS: Final = 16_384
 _SLICE_OVERLAP_CHARS: Final = 2_048
@@ -95,8 +97,13 @@ def check_folder(folder: Path) -> str:
         told = read_json(folder / name)
         if "auto_map" in told:
             raise GuardRefused(f"{folder / name}: names code of its own (auto_map), which is never run")
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    for path in indexes:
+        parts = read_json(path).get("weight_map")
+        if not isinstance(parts, dict) or not {weight.name for weight in weights}.issuperset(map(str, parts.values())):
+            raise GuardRefused(f"{path}: names files of weights that are not in the folder")
     digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json", *weights):
+    for path in (folder / "config.json", folder / "tokenizer.json", *indexes, *weights):
         _check_safetensors(path)
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
@@ -132,7 +139,7 @@ def _check_safetensors(path: Path) -> None:
 class SequenceModel:
     """A loaded model. `judge` is thread-safe, one batch at a time a thread."""
 
-    def __init__(self, config: ModelConfig, whose: str, kind: str = "AutoModelForSequenceClassification") -> None:
+    def __init__(self, config: ModelConfig, whose: str, kind: str = CLASSIFIER) -> None:
         """`kind`: the transformers class that loads it. Raises `GuardRefused`."""
         folder = open_folder(config, whose)
         self.digest = check_folder(folder)
@@ -258,6 +265,8 @@ def _load(folder: Path, kind: str, device: str) -> Any:
         raise GuardRefused(f"{folder}: transformers can't load it ({type(problem).__name__})") from None
     if told["missing_keys"] or told["mismatched_keys"]:
         raise GuardRefused(f"{folder}: weights are missing or of another shape; the model would guess")
+    if told["unexpected_keys"] and kind == CLASSIFIER:
+        raise GuardRefused(f"{folder}: holds weights that the model has no place for; config.json is another model's")
     if not all(bool(torch.isfinite(values).all()) for values in model.state_dict().values()):
         raise GuardRefused(f"{folder}: holds weights that are no finite numbers")
     return model.to(device).eval()

@@ -58,8 +58,13 @@ def test_several_texts_are_judged_as_one_by_one(made: Path) -> None:
 
 
 def test_the_version_follows_the_files(made: Path, folder: Path) -> None:
-    """Another digit in settings or weights is another version; the same files are the same."""
+    """Another digit in settings, weights or their index is another version; the same files are the same."""
     first = built(made).version
+    assert built(folder).version == first
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"classifier.weight": "model.safetensors"}}')
+    assert built(folder).version != first
+    index.unlink()
     assert built(folder).version == first
     change_json(folder / "config.json", note="changed")
     assert built(folder).version != first
@@ -119,6 +124,10 @@ def spoil(folder: Path, kind: str) -> None:  # noqa: PLR0912 - a kind is a branc
         change_json(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "bad.Model"})
     elif kind == "no tokenizer":
         (folder / "tokenizer.json").write_text("{}")
+    elif kind == "index of files elsewhere":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"classifier.weight": "../else.bin"}}')
+    elif kind == "no index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
     elif kind == "no folder":
         for path in folder.iterdir():
             path.unlink()
@@ -131,6 +140,8 @@ def spoil(folder: Path, kind: str) -> None:  # noqa: PLR0912 - a kind is a branc
             del values[name]
         elif kind == "other shape":
             values[name] = torch.zeros(2, 5)
+        elif kind == "left over":
+            values["classifier.second.weight"] = torch.zeros(2, 2)
         save_file(values, weights, {"format": "pt"})
 
 
@@ -138,7 +149,8 @@ def spoil(folder: Path, kind: str) -> None:  # noqa: PLR0912 - a kind is a branc
     "kind",
     [
         "pickle beside", "pickle in disguise", "only a pickle", "truncated", "huge header", "lying header",
-        "code of its own", "no tokenizer", "no folder", "not a number", "missing", "other shape",
+        "code of its own", "no tokenizer", "no folder", "not a number", "missing", "other shape", "left over",
+        "index of files elsewhere", "no index",
     ],
 )  # fmt: skip
 def test_poisoned_files_are_refused(folder: Path, kind: str) -> None:
