@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from collector.event import Stage
-from collector.prompt import TURNS_MAX, PromptView, TooMany, text_of
+from collector.prompt import TURNS_MAX, PromptView, TooMany
+from collector.prompt_words import text_of
 
 Markers = Sequence[tuple[str, str]]
 REMOVED: Final = "[removed by policy]"

@@ -25,7 +25,8 @@ from collector.deadlines import Deadlines
 from collector.event import uuid7
 from collector.judging import Crowded
 from collector.media import items
-from collector.prompt import TURNS_MAX, Body, PromptView, TooDeep, TooMany, views
+from collector.prompt import TURNS_MAX, Body, PromptView, TooMany, views
+from collector.prompt_words import TooDeep
 from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
 from collector.trace import trace_id

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 from collector.event import Decision, GuardResult, Media
 from collector.guards.protocol import Context, MediaGuard
-from collector.prompt import DEPTH_MAX, TooDeep
+from collector.prompt_words import DEPTH_MAX, TooDeep
 
 Kind = Literal["image", "audio", "video", "file", "embeds"]
 MEDIA_MAX: Final = 64

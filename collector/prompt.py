@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from collector import prompt_words as words
 from collector.event import Stage
 
 Body = Mapping[str, object]
@@ -19,7 +20,6 @@ VIEWS_MAX: Final = 4096
 """Prompts in one body beyond this are not viewed; the engine plugin reads them rendered."""
 TURNS_MAX: Final = 4096
 """Messages and documents of one request; each is judged by itself, which takes a millisecond and more."""
-DEPTH_MAX: Final = 32
 _BEGINNING: Final = 64
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -30,35 +30,12 @@ _ROLES: Final[Mapping[str, Role]] = {
     "function": "tool",
 }
 _STAGES: Final[Mapping[Role, Stage]] = {"user": "input", "tool": "tool", "document": "retrieved"}
-_OPAQUE: Final = frozenset(
-    {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "image_embeds", "audio_embeds"}
-    | {"video_embeds", "prompt_embeds", "image_pil"}
-)
-"""Kinds of content that are no text; the bytes of it are not for text guards."""
-_PAYLOADS: Final = _OPAQUE | {"source", "url", "data"}
-_UNTYPED: Final = _OPAQUE - {"image"}
-"""Where a part tells no type, servers take these for it."""
-_NO_TEXT: Final = frozenset({"type", "id", "call_id", "tool_use_id", "tool_call_id", "cache_control", "status"})
-"""Fields of a message, a part or a document that name things. Templates may print them, so they are judged too."""
-_COMMON_NAMES: Final = """
-role content text title name function functions arguments tool_calls description parameters properties required items
-enum strict additionalProperties input input_schema output documents detail media_type thinking signature schema
-json_schema json_object string object array number integer boolean null message custom refusal reasoning input_text
-output_text tool_use tool_result function_call function_call_output document search_result ephemeral auto none any tool
-completed in_progress base64
-"""
-_COMMON: Final = _PAYLOADS | _NO_TEXT | frozenset(_COMMON_NAMES.split())
-"""Names of fields and types that every API has: they say nothing of who wrote the body."""
 _FRAME: Final = frozenset(
     {"tools", "functions", "chat_template", "documents", "chat_template_kwargs"} | {"tool_choice", "response_format"}
 )
 """Fields of a body that say something beside its messages."""
 _PLAIN: Final = frozenset({"role", "content"})
 """All that most messages have."""
-
-
-class TooDeep(ValueError):
-    """A body is nested deeper than 32 levels where text may stand."""
 
 
 class TooMany(ValueError):
@@ -216,10 +193,11 @@ def _responses(body: Body) -> Iterator[PromptView]:
     for item in _list(items):
         if isinstance(item, dict) and str(item.get("type", "message")).endswith("_output"):
             rest = {key: value for key, value in item.items() if key != "output"}
-            turns.append(Turn("tool", _text(item.get("output")), _lines(_text(rest), *_ids(item), *_names(item, 0))))
+            aside = words.lines(words.text(rest), words.beside(item))
+            turns.append(Turn("tool", words.text(item.get("output")), aside))
         else:
             turns += _message(item)
-    instructions = [Turn("system", _text(body["instructions"]))] if body.get("instructions") else []
+    instructions = [Turn("system", words.text(body["instructions"]))] if body.get("instructions") else []
     if turns:
         yield PromptView((*_tools(body), *instructions, *turns), "messages")
 
@@ -235,7 +213,7 @@ def _authored(message: object) -> object:
 
 
 def _messages(body: Body) -> Iterator[PromptView]:
-    system = [Turn("system", _text(body["system"]))] if body.get("system") else []
+    system = [Turn("system", words.text(body["system"]))] if body.get("system") else []
     entries = body.get("messages")
     turns = [turn for entry in entries for turn in _message(entry)] if isinstance(entries, list) else []
     if turns:
@@ -257,7 +235,7 @@ _INVOCATIONS: Final[Mapping[str, str]] = {"messages": "chat", "prompt": "complet
 def _message(message: object) -> Iterator[Turn]:
     """A message's turns: its own text, and apart from it what tools and documents said within."""
     if not isinstance(message, dict):
-        yield Turn("user", _text(message))
+        yield Turn("user", words.text(message))
         return
     named = str(message.get("role", "user"))
     role = _ROLES.get(named, "user")
@@ -267,18 +245,23 @@ def _message(message: object) -> Iterator[Turn]:
         return
     parts = content if isinstance(content, list) else [content]
     own = [part for part in parts if _part_role(part, role) == role]
-    text = "\n".join(text for part in own if (text := _text(part)))
+    text = "\n".join(text for part in own if (text := words.text(part)))
     rest = {key: value for key, value in message.items() if key not in ("role", "content", "documents")}
-    aside = [*([] if named in _ROLES else [named]), _text(rest), *_names([rest, own], 0)]
-    ids = [each for holder in (rest, *own) for each in _ids(holder)]
+    aside = [
+        *([] if named in _ROLES else [named]),
+        words.text(rest),
+        *words.names(rest),
+        *(each for part in own for each in words.names(part)),
+    ]
+    ids = [each for holder in (rest, *own) for each in words.ids(holder)]
     inner = [(other, part) for part in parts if (other := _part_role(part, role)) != role]
     apart = role == "user"
-    turn = Turn(role, text, _lines(*aside, *([] if apart else ids)), _lines(*(ids if apart else [])))
+    turn = Turn(role, text, words.lines(*aside, *([] if apart else ids)), words.lines(*(ids if apart else [])))
     if turn.whole or not inner:  # a message of tool results alone is no turn of the user's
         yield turn
         ids = []
     for other, part in inner:
-        yield Turn(other, _text(part), _lines(*_ids(part), *_names(part, 0), *ids))
+        yield Turn(other, words.text(part), words.lines(words.beside(part), *ids))
     yield from _documents(message.get("documents"))
 
 
@@ -293,15 +276,15 @@ def _part_role(part: object, role: Role) -> Role:
 def _documents(documents: object) -> Iterator[Turn]:
     for document in documents if isinstance(documents, list) else [documents]:
         if document is not None:
-            yield Turn("document", _text(document, document=True), _lines(*_ids(document), *_names(document, 0)))
+            yield Turn("document", words.text(document, document=True), words.beside(document))
 
 
 def _tools(body: Body) -> Iterator[Turn]:
     """What tools say of themselves: set by who built the application, as system text is."""
     tools = [body.get("tools"), body.get("functions"), body.get("chat_template")]
     forms = [body.get("tool_choice"), body.get("response_format")]
-    choice = [form for form in forms if not isinstance(form, str) or form not in _COMMON]
-    turn = Turn("system", _lines(*_strings(tools, 0)), _lines(*strings(choice), *_names(tools, 0)))
+    choice = [form for form in forms if not isinstance(form, str) or form not in words.COMMON]
+    turn = Turn("system", words.lines(*words.values(tools)), words.lines(*words.strings(choice), *words.names(tools)))
     if turn.whole:
         yield turn
 
@@ -313,73 +296,4 @@ def _template_arguments(body: Body) -> Iterator[Turn]:
         yield from _documents(arguments.get("documents"))
         rest = {key: value for key, value in arguments.items() if key != "documents"}
         if rest:
-            yield Turn("system", _lines(*_strings(rest, 0)), _lines(*_names(rest, 0)))
-
-
-def _lines(*texts: str) -> str:
-    return "\n".join(text for text in texts if text)
-
-
-def _text(value: object, *, document: bool = False) -> str:
-    """The text of a message, a part or a document. Media are parts of messages; documents are told to the model whole.
-
-    What a part of text holds beside it is handed to templates, too.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        kind = value.get("type")
-        media = _PAYLOADS if str(kind) in _OPAQUE else _UNTYPED if kind is None else frozenset[str]()
-        skipped = _NO_TEXT if document else _NO_TEXT | media
-        value = [entry for key, entry in value.items() if key not in skipped]
-    return "\n".join(_strings(value, 0))
-
-
-def _ids(value: object) -> Iterator[str]:
-    """What names a message, a part or a document, but for common words."""
-    named = [entry for key, entry in value.items() if key in _NO_TEXT] if isinstance(value, dict) else []
-    return (text for text in _strings(named, 0) if text not in _COMMON)
-
-
-def _strings(value: object, depth: int) -> Iterator[str]:
-    """Every string within, but for names of types."""
-    if depth > DEPTH_MAX:
-        raise TooDeep
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            if key != "type":
-                yield from _strings(entry, depth + 1)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _strings(entry, depth + 1)
-
-
-def _names(value: object, depth: int, *, of_type: bool = False) -> Iterator[str]:
-    """Every name of a field or a type within that is none of the common ones: a template that prints an object whole
-    puts them into the prompt.
-    """
-    if depth > DEPTH_MAX:
-        raise TooDeep
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            if key not in _COMMON:
-                yield key
-            yield from _names(entry, depth + 1, of_type=of_type or key == "type")
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _names(entry, depth + 1, of_type=of_type)
-    elif of_type and isinstance(value, str) and value not in _COMMON:
-        yield value
-
-
-def text_of(value: object, *, document: bool = False) -> str:
-    """All that a message's content, a part or a document says, as guards are given it. Raises `TooDeep`."""
-    return _lines(_text(value, document=document), *_ids(value), *_names(value, 0))
-
-
-def strings(value: object) -> Iterator[str]:
-    """Every string in a parsed value, and the names that are not common. Raises `TooDeep`."""
-    yield from _strings(value, 0)
-    yield from _names(value, 0)
+            yield Turn("system", words.lines(*words.values(rest)), words.lines(*words.names(rest)))

@@ -13,6 +13,7 @@ from typing import Any, Final
 from collector import prompt
 from collector.audit import EngineRequest
 from collector.prompt import Body, PromptView, Turn
+from collector.prompt_words import DEPTH_MAX, TooDeep, strings
 from collector.requests import Refusal
 
 _FREE: Final = frozenset(
@@ -61,8 +62,8 @@ def read(operation: str, body: Body) -> tuple[PromptView, ...]:
 
 
 def _check_keys(value: object, depth: int) -> None:
-    if depth > prompt.DEPTH_MAX:
-        raise prompt.TooDeep
+    if depth > DEPTH_MAX:
+        raise TooDeep
     if isinstance(value, list):
         for entry in value:
             _check_keys(entry, depth + 1)
@@ -80,7 +81,7 @@ def _aside(body: Body) -> str:
     """What stands where nobody looks for a prompt."""
     return "\n".join(
         chain.from_iterable(
-            prompt.strings(entry) for key, entry in body.items() if key not in _PROMPTS and key not in _SETTINGS
+            strings(entry) for key, entry in body.items() if key not in _PROMPTS and key not in _SETTINGS
         )
     )
 
@@ -117,8 +118,8 @@ def _embedding(operation: str, body: Body) -> tuple[PromptView, ...]:
 
 def _scoring(_operation: str, body: Body) -> tuple[PromptView, ...]:
     """One view: a question, and the texts that are scored by it."""
-    asked = [Turn("user", text) for name in ("query", "text_1", "text_2") for text in prompt.strings(body.get(name))]
-    turns = [*asked, *(Turn("document", text) for text in prompt.strings(body.get("documents")))]
+    asked = [Turn("user", text) for name in ("query", "text_1", "text_2") for text in strings(body.get(name))]
+    turns = [*asked, *(Turn("document", text) for text in strings(body.get("documents")))]
     return (PromptView(tuple(turns), "messages"),) if turns else ()
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.prompt import PromptView, TooDeep, Turn, _find, rendered_view, views
+from collector.prompt import PromptView, Turn, _find, rendered_view, views
+from collector.prompt_words import TooDeep
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
