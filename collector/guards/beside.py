@@ -18,11 +18,13 @@ guarded value, and the share that the system prompt speaks of otherwise."""
 SYSTEM_CHARS_MAX: Final = 8_000
 TEXT_CHARS_MAX: Final = 4_000
 """Of longer texts the beginning and the end are read."""
+STEM_CHARS: Final = 6
+"""So many letters of a word are compared."""
 BONUS_MAX: Final = 4.0
 """In units of the margin."""
 
 _SENTENCE: Final = re.compile(r"[.!?;\n]+\s*")
-_WORD: Final = re.compile(r"[^\W\d_][\w'-]{2,}")
+WORD: Final = re.compile(r"[^\W\d_][\w'-]{2,}")
 _CUE: Final = re.compile(
     r"\b(?:never|not|\w+n't|cannot|nobody|no one|secret|confidential|private|hidden|refuse|avoid|forbid\w*|prohibit\w*|"
     r"protect|unless|without|classified|internal|sensitive|passwords?|passcodes?|passphrases?|pin|tokens?|"
@@ -48,7 +50,7 @@ using very want was way what when where whethe which who whom why will with with
 yours yourse share talk discus divulg disclo whatev system allowe even
 """
 _SECRET_NOUNS: Final = frozenset(_NOUNS.split())
-_COMMON: Final = frozenset(_COMMON_WORDS.split())
+COMMON: Final = frozenset(_COMMON_WORDS.split())
 
 
 def features(text: str, system: str) -> list[float]:
@@ -89,5 +91,5 @@ def bonus(text: str, system: str, weights: Sequence[float]) -> float:
 
 
 def _stems(text: str) -> set[str]:
-    """The first six letters of each word that is not a common one."""
-    return {word[:6] for word in _WORD.findall(text.lower())} - _COMMON
+    """The beginning of each word that is not a common one."""
+    return {word[:STEM_CHARS] for word in WORD.findall(text.lower())} - COMMON

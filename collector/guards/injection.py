@@ -2,9 +2,10 @@
 
 `[collector.guards.injection]`. Logistic regression on hashed character and word n-grams, one head for what a user
 types (`input`) and one for what is fetched (`retrieved`, `tool`); the score of a text is that of its worst window, to
-its very end. A message is judged beside its system prompt where that is known (`beside`). Trained by
-`collector.guards.train`; `MODEL_CARD.md` says on what, and where it is weak. Weights are a safetensors file with
-everything needed to rebuild the features in its metadata; nothing is ever unpickled.
+its very end. A message is judged beside its system prompt where that is known (`beside`), a sentence of a document by
+what it shares with the rest of it (`among`). Trained by `collector.guards.train`; `MODEL_CARD.md` says on what, and
+where it is weak. Weights are a safetensors file with everything needed to rebuild the features in its metadata; nothing
+is ever unpickled.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collector.event import Stage
+from collector.guards.among import shared
 from collector.guards.beside import FEATURES, bonus
-from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
+from collector.guards.ngrams import FORMAT, NgramSpec, buckets_of, cut, share
 from collector.guards.normaliser import UNDONE, normalise
 from collector.guards.protocol import ALONE, Context, Guard, GuardPolicy, GuardRefused, Judgement, Probe
 
@@ -45,7 +47,7 @@ class InjectionConfig(GuardPolicy):
     shadow_stages: frozenset[Stage] = Field(
         _ADVISORY,
         description="Stages at which the guard only watches. By default fetched text: of ordinary mails and code pages "
-        "one in five would be blocked (tests/bench/guards.py). Empty: it blocks there too.",
+        "more than one in four would be blocked (tests/bench/guards.py). Empty: it blocks there too.",
     )
     weights_file: Path | None = Field(
         None, description="Weights written by `inferwatch guards train`. Unset: those that came with the package."
@@ -75,6 +77,9 @@ class HeadSpec(BaseModel):
     word_max: int = Field(ge=0, le=8)
     window: int = Field(ge=16, le=100_000)
     step: int = Field(ge=8, le=100_000)
+    sentence: int = Field(0, ge=0, le=10_000)
+    stand_out: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
+    """What is taken off a window's margin where the rest of its text has all its words (`among`)."""
     bias: float = Field(allow_inf_nan=False)
     threshold: float = Field(allow_inf_nan=False)
     """The margin at which the score is 0.5."""
@@ -82,7 +87,9 @@ class HeadSpec(BaseModel):
 
     @property
     def ngrams(self) -> NgramSpec:
-        return NgramSpec(self.buckets, self.char_min, self.char_max, self.word_max, self.window, self.step)
+        return NgramSpec(
+            self.buckets, self.char_min, self.char_max, self.word_max, self.window, self.step, self.sentence
+        )
 
 
 class BesideSpec(BaseModel):
@@ -116,9 +123,13 @@ class Head:
 
     def margin(self, text: str) -> float:
         """The log-odds of the worst window of a normalised text, before calibration."""
-        worst = -math.inf
-        for buckets in window_buckets(text, self.spec.ngrams):
-            worst = max(worst, float(self.weights[buckets].sum()) * share(len(buckets)))
+        ngrams = self.spec.ngrams
+        folded, spans = cut(text, ngrams)
+        known = shared(folded, spans) if self.spec.stand_out else [0.0] * len(spans)
+        worst = max(
+            float(self.weights[buckets].sum()) * share(len(buckets)) - self.spec.stand_out * known_share
+            for buckets, known_share in zip(buckets_of(folded, spans, ngrams), known, strict=True)
+        )
         return worst + self.spec.bias
 
     def score(self, text: str, raised: float = 0.0) -> float:

@@ -28,6 +28,7 @@ and tool output. It knows attack *styles*. It is a first line, fast and explaina
   with whole families or sources left out first.
 - A poisoned document whose order is a plain sentence differs from a harmless one only by its place. Treat that head as
   advice, and limit what fetched text may cause.
+- An order in the words of its document does not stand out from it, and is found less often.
 - Harmful requests without an attack's style are not its work: put a content classifier beside it.
 - Many attacks can be told only by the system prompt that they go against. Where it is known, what the message asks of
   it is looked at (below), by words: another language, or a description instead of the name, is not seen.
@@ -52,10 +53,15 @@ def card(
 def _head_section(channel: Channel, head: "TrainedHead") -> str:
     spec, data = head.spec, head.data
     group = "family" if channel == "user" else "source"
+    windows = f"windows of {spec.window} characters every {spec.step}"
+    if spec.sentence:
+        windows = (
+            f"sentences and lines of at least {spec.sentence} characters, longer ones in {windows}; {spec.stand_out:g} "
+            "is taken off the margin of one whose words all stand elsewhere in the document, too"
+        )
     about = (
-        f"{spec.char_min}–{spec.char_max} characters and 1–{spec.word_max} words, {spec.buckets} buckets, windows of "
-        f"{spec.window} characters every {spec.step}. The threshold is at margin {spec.threshold:.2f}. "
-        "95 % bootstrap intervals."
+        f"{spec.char_min}–{spec.char_max} characters and 1–{spec.word_max} words, {spec.buckets} buckets, {windows}. "
+        f"The threshold is at margin {spec.threshold:.2f}. 95 % bootstrap intervals."
     )
     lines = [
         f"\n## The {channel} head",

@@ -7,6 +7,7 @@ The hash is part of the weights' meaning: changing anything here means `FORMAT` 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +22,7 @@ SHRINK: Final = 40.0
 Buckets = NDArray[np.int32]
 
 _SPACE: Final = re.compile(r"\s+")
+_END: Final = re.compile(r"(?<=[.!?;])\s+|\n+")
 _DIGITS: Final = re.compile(r"\d")
 _BASE: Final = np.uint64(0x9E3779B97F4A7C15)
 _WORD_SALT: Final = np.uint64(0xD6E8FEB86659FD93)
@@ -37,6 +39,8 @@ class NgramSpec:
     word_max: int
     window: int
     step: int
+    sentence: int = 0
+    """Windows are sentences and lines of at least so many characters, cut where longer than `window`; 0: not so."""
 
 
 def fold(text: str) -> str:
@@ -46,12 +50,40 @@ def fold(text: str) -> str:
 
 def window_buckets(text: str, spec: NgramSpec) -> list[Buckets]:
     """For each window of the folded text the sorted distinct buckets of its n-grams. At least one window."""
-    folded = f" {fold(text)} "
+    return buckets_of(*cut(text, spec), spec)
+
+
+def cut(text: str, spec: NgramSpec) -> tuple[str, list[tuple[int, int]]]:
+    """The folded text, a blank around each of its parts, and the (start, end) of its windows. At least one window."""
+    if not spec.sentence:
+        folded = f" {fold(text)} "
+        return folded, list(windows(len(folded), spec.window, spec.step))
+    parts = [fold(part) for part in _sentences(text, spec.sentence)] or [""]
+    spans, start = [], 0
+    for part in parts:
+        spans += [(start + first, start + last) for first, last in windows(len(part) + 2, spec.window, spec.step)]
+        start += len(part) + 1
+    return f" {' '.join(parts)} ", spans
+
+
+def _sentences(text: str, least: int) -> list[str]:
+    """Sentences and lines, joined to the next ones until they have `least` characters. None where there is no word."""
+    parts, held = [], ""
+    for piece in filter(None, map(str.strip, _END.split(text))):
+        held = f"{held} {piece}" if held else piece
+        if len(held) >= least:
+            parts.append(held)
+            held = ""
+    return [*parts, held] if held else parts
+
+
+def buckets_of(folded: str, spans: Sequence[tuple[int, int]], spec: NgramSpec) -> list[Buckets]:
+    """For each window of the folded text the sorted distinct buckets of its n-grams."""
     codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     chars = _char_hashes(codes, spec)
     starts, words = _word_hashes(codes, spec)
     found = []
-    for start, end in windows(len(codes), spec.window, spec.step):
+    for start, end in spans:
         first, last = np.searchsorted(starts, (start, end))
         parts = [hashes[start : max(start, end - size + 1)] for size, hashes in chars]
         parts += [hashes[first : max(first, last - size + 1)] for size, hashes in words]

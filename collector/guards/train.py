@@ -4,8 +4,8 @@ DATA_DIR holds `*.jsonl` or `*.jsonl.gz` files, a row a line: text, label (0 har
 channel (user or document), source, licence. Texts of our own (`authored`) are added. The same data and seed give the
 same bytes. Beside FILE it writes FILE's model card with the figures of this very run.
 
-How: two logistic regressions on `ngrams`, each family with the same weight, so that a large collection doesn't drown a
-small one, and both classes alike. Only a window of an attack document holds the attack: it is fitted repeatedly, and
+How: two logistic regressions on `ngrams`, families evened out, so that a large collection doesn't drown a small one,
+and both classes alike. Only a window of an attack document holds the attack: it is fitted repeatedly, and
 the worst window of each is kept (Andrews et al. 2003, multiple-instance learning). Thresholds come from rows that were
 left out of the fit, alone or with their whole family (user) or source (document).
 """
@@ -21,18 +21,23 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from collector.guards.among import shared
 from collector.guards.authored import AuthoredRow, Pair, draw, draw_documents, draw_pairs
 from collector.guards.beside import features
 from collector.guards.injection import METADATA_KEY, BesideSpec, Channel, HeadSpec, WeightsSpec
 from collector.guards.model_card import card
-from collector.guards.ngrams import FORMAT, NgramSpec, share, window_buckets
+from collector.guards.ngrams import FORMAT, Buckets, NgramSpec, buckets_of, cut, share
 from collector.guards.normaliser import normalise
 
 SOURCE_OWN: Final = "authored (this project)"
 SPECS: Final[Mapping[Channel, NgramSpec]] = {
     "user": NgramSpec(buckets=260_000, char_min=1, char_max=4, word_max=2, window=600, step=300),
-    "document": NgramSpec(buckets=260_000, char_min=1, char_max=4, word_max=2, window=250, step=125),
+    "document": NgramSpec(buckets=260_000, char_min=1, char_max=4, word_max=2, window=250, step=125, sentence=40),
 }
+STAND_OUT: Final[Mapping[Channel, float]] = {"user": 0.0, "document": 2.0}
+"""What is taken off the margin of a window whose words all stand elsewhere in its row, too."""
+EVENING: Final[Mapping[Channel, float]] = {"user": 1.0, "document": 0.5}
+"""A row weighs its family's size to minus this power: at 1 each family the same, at 0 each row."""
 FOLDS: Final = 6
 FALSE_POSITIVE_RATE: Final[Mapping[Channel, float]] = {"user": 0.0075, "document": 0.01}
 FALSE_POSITIVE_RATE_LANGUAGE: Final = 0.03
@@ -126,6 +131,8 @@ class Corpus:
     rows: Sequence[Row]
     windows: Any
     """CSR matrix (windows, buckets); each n-gram of a window as `share` says."""
+    known: Floats
+    """(windows,): the share of a window's words that the rest of its row has (`among`)."""
     row_of: NDArray[np.int64]
     """(windows,): the row each window belongs to."""
     labels: NDArray[np.int64]
@@ -139,19 +146,23 @@ def corpus(rows: Sequence[Row], spec: NgramSpec) -> Corpus:
     """The features of all rows. Memory: 12 bytes for each distinct n-gram of each window."""
     from scipy.sparse import csr_matrix  # type: ignore[import-untyped]  # noqa: PLC0415 - training only; no stubs
 
-    indices, lengths, row_of = [], [], []
-    for number, row in enumerate(rows):
-        for buckets in window_buckets(normalise(row.text).text, spec):
-            indices.append(buckets)
-            lengths.append(len(buckets))
-            row_of.append(number)
+    indices: list[Buckets] = []
+    known: list[float] = []
+    counts = []
+    for row in rows:
+        folded, spans = cut(normalise(row.text).text, spec)
+        indices += buckets_of(folded, spans, spec)
+        known += shared(folded, spans)
+        counts.append(len(spans))
+    lengths = [len(buckets) for buckets in indices]
     sizes = np.array(lengths)
     data = np.repeat([share(size) for size in lengths], sizes)
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     return Corpus(
         rows=rows,
         windows=csr_matrix((data, np.concatenate(indices), ends), shape=(len(sizes), spec.buckets)),
-        row_of=np.array(row_of),
+        known=np.array(known),
+        row_of=np.repeat(np.arange(len(rows)), counts),
         labels=np.array([row.label for row in rows]),
         channels=np.array([row.channel for row in rows]),
         families=np.array([row.family for row in rows]),
@@ -161,9 +172,11 @@ def corpus(rows: Sequence[Row], spec: NgramSpec) -> Corpus:
 
 
 def row_weights(data: Corpus, train: Mask, channel: Channel) -> Floats:
-    """(rows,): each family the same, the other channel less, both classes the same in all."""
+    """(rows,): large families less by row, the other channel less, both classes the same in all."""
     sizes = Counter(data.families[train].tolist())
-    weights = np.array([sizes[family] ** -1.0 if sizes[family] else 0.0 for family in data.families.tolist()])
+    weights = np.array(
+        [sizes[family] ** -EVENING[channel] if sizes[family] else 0.0 for family in data.families.tolist()]
+    )
     weights[data.channels != channel] *= OTHER_CHANNEL_WEIGHT
     weights[~train] = 0
     for label in (0, 1):
@@ -218,7 +231,8 @@ def left_out(data: Corpus, channel: Channel, groups: NDArray[np.str_]) -> tuple[
     margins = np.full(len(data.rows), np.nan)
     for fold in np.unique(folds[folds >= 0]):
         weights, bias = fit(data, folds != fold, channel)
-        margins[folds == fold] = worst(data.windows @ weights + bias, data)[folds == fold]
+        found = data.windows @ weights + bias - STAND_OUT[channel] * data.known
+        margins[folds == fold] = worst(found, data)[folds == fold]
     return margins, folds
 
 
@@ -276,6 +290,7 @@ def train_head(rows: Sequence[Row], channel: Channel, seed: int, tell: Callable[
     weights, bias = fit(data, np.ones(len(wanted), dtype=bool), channel)
     spec = HeadSpec(
         **asdict(ngrams),
+        stand_out=STAND_OUT[channel],
         bias=round(bias, 6),
         threshold=round(choose_threshold(data, margins, group_margins, channel), 6),
         slope=round(choose_slope(data, margins), 6),

@@ -231,6 +231,8 @@ POISONED = {
     "backward windows": made(step=200),
     "backward n-grams": made(char_min=4),
     "no buckets": made(buckets=0),
+    "sentences of less than nothing": made(sentence=-1),
+    "endless weight on standing out": made(stand_out="Infinity"),
     "a threshold that is no number": made(threshold="NaN"),
     "too few weights beside": made(metadata={"format": 1, "heads": {}, "beside": {"weights": [1.0]}}),
 }

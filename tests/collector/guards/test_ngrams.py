@@ -1,12 +1,13 @@
 """N-grams are the same for the same text, and each window holds its own."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector.guards.ngrams import NgramSpec, fold, window_buckets
+from collector.guards.ngrams import NgramSpec, cut, fold, window_buckets
 from collector.guards.protocol import windows
 
 SPEC = NgramSpec(buckets=260_000, char_min=1, char_max=4, word_max=2, window=40, step=20)
@@ -63,3 +64,27 @@ def test_windows_cover_everything(length: int, size: int, step: int) -> None:
     assert spans[-1][1] == length
     assert all(later[0] <= earlier[1] for earlier, later in pairwise(spans))
     assert all(end - start <= size for start, end in spans)
+
+
+def test_windows_are_sentences_where_they_are_asked_for() -> None:
+    """Sentences and lines, short ones with the next, long ones cut; each window reads what it would read alone."""
+    spec = replace(SPEC, sentence=12)
+    text = "It is late. Go!\nClose the  door and\nthe window it is.\n" + "word " * 20
+    folded, spans = cut(text, spec)
+    assert [folded[start:end] for start, end in spans[:3]] == [
+        " it is late. go! ", " close the door and ", " the window it is. ",
+    ]  # fmt: skip
+    assert folded[: spans[-1][1]] == folded
+    assert all(end - start <= spec.window for start, end in spans)
+    alone = [window_buckets(part, SPEC)[0].tolist() for part in ("It is late. Go!", "Close the door and")]
+    assert [buckets.tolist() for buckets in window_buckets(text, spec)[:2]] == alone
+
+
+@given(text=st.text(max_size=300))
+@settings(deadline=None)
+def test_sentences_cover_any_text(text: str) -> None:
+    """No word is left out; there is always a window."""
+    folded, spans = cut(text, replace(SPEC, sentence=20))
+    covered = {place for start, end in spans for place in range(start, end)}
+    assert covered == set(range(len(folded)))
+    assert folded.split() == fold(text).split()

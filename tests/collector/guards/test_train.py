@@ -15,7 +15,7 @@ from collector.guards.ngrams import NgramSpec
 
 SMALL = {
     "user": NgramSpec(buckets=20_000, char_min=1, char_max=3, word_max=2, window=600, step=300),
-    "document": NgramSpec(buckets=20_000, char_min=1, char_max=3, word_max=2, window=250, step=125),
+    "document": NgramSpec(buckets=20_000, char_min=1, char_max=3, word_max=2, window=250, step=125, sentence=40),
 }
 ROWS = [
     {"text": text, "label": label, "family": family, "lang": "en", "channel": channel, "source": source, "licence": "x"}
