@@ -166,7 +166,7 @@ def columns_of(
         high=high ^ salts[kind],
         low=low,
         named=named,
-        ok=numbers("ok", lambda: map("ok".__eq__, map(attrgetter("status"), events)), bool),
+        ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
         blocked=plain("blocked", bool),
         judged=sizes > 0,
         response_tokens=_tokens(plain("response_tokens")),
@@ -263,23 +263,17 @@ def _digest(name: str) -> bytes:
 def _verdicts(results: list[list[Any]], sizes: Ints) -> tuple[Ints, Ints, Flags, list[str]]:
     """One verdict for each event and guard: it blocked if it did so at any stage; errors are no verdict."""
     told = list(chain.from_iterable(results))
-    decisions = [result.decision for result in told]
     event = np.repeat(np.arange(len(results)), sizes[: len(results)])
-    words = set(decisions)
-    if "error" in words:
-        sound = [number for number, decision in enumerate(decisions) if decision != "error"]
-        told, decisions, event = (
-            [told[number] for number in sound],
-            [decisions[number] for number in sound],
-            event[sound],
-        )
+    seldom = [(number, result.decision) for number, result in enumerate(told) if result.decision != "allow"]
+    blocked = np.zeros(len(told), bool)
+    blocked[[number for number, decision in seldom if decision == "block"]] = True
+    failed = {number for number, decision in seldom if decision == "error"}
+    if failed:
+        sound = [number for number in range(len(told)) if number not in failed]
+        told, event, blocked = [told[number] for number in sound], event[sound], blocked[sound]
     if not told:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), []
     guard, guards = _guards([result.guard for result in told], len(told) // len(results))
-    blocked = np.zeros(len(told), bool)
-    at = -1
-    for _ in range(decisions.count("block") if "block" in words else 0):
-        blocked[at := decisions.index("block", at + 1)] = True
     code = event * len(guards) + guard
     if len(code) > 1 and not (code[1:] > code[:-1]).all():
         code, which = np.unique(code, return_inverse=True)

@@ -180,7 +180,8 @@ class PartitionEngine:
             *(
                 index
                 for index, record in enumerate(piece.records)
-                if isinstance(record, SPECIAL) or (isinstance(record, Heartbeat) and self._coverage.counts(record))
+                if type(record) not in EVENTS
+                and (isinstance(record, SPECIAL) or (isinstance(record, Heartbeat) and self._coverage.counts(record)))
             ),
             len(piece.records),
         ]

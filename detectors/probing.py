@@ -201,7 +201,7 @@ class ProbingOne(StageOne):
     def _taken(self, client: Client, event: Text, moment_us: int, offset: int) -> Taken:
         """The request against what is remembered of the client's prompts."""
         prompt = prompt_of(event)
-        new = not client.known.holds(prompt, self._config.same_prompt)
+        new = client.known.admit(prompt, self._config.prompts_max, self._config.same_prompt)
         rewording = (
             new
             and client.last_blocked is not None
@@ -211,8 +211,6 @@ class ProbingOne(StageOne):
         if new:
             client.retries = client.retries + 1 if rewording else 0
         retry = rewording and client.retries <= self._config.retries_max
-        if new:
-            client.known.add(prompt, self._config.prompts_max, self._config.same_prompt)
         if event.blocked:
             client.last_blocked, client.last_blocked_us = prompt, moment_us
         return Taken(moment_us, offset, event.event_id, event.session_id, event.blocked, new, retry)

@@ -76,50 +76,66 @@ class Known(Struct, gc=False):
     heads: bytearray = bytearray()
     """How each band of each sketch begins: a tenth of the memory to look through, and mostly the answer."""
 
-    def holds(self, prompt: Prompt, same: float) -> bool:
-        """`seen_before` of these."""
+    def admit(self, prompt: Prompt, limit: int, same: float) -> bool:
+        """Whether it is like none of these (`seen_before`). Then it is one of them: the oldest beyond `limit` are
+        forgotten, and sketches of another size."""
         if prompt.digest and prompt.digest in self.digests:
-            return True
-        sketch = prompt.sketch
-        if not sketch or len(sketch) != SLOT_BYTES * self.slots:
             return False
-        bands = _bands(self.slots, same)
-        if len(self.heads) * len(sketch) != len(self.sketches) * len(bands) * HEAD_BYTES:
-            self.heads = bytearray()
+        sketch = prompt.sketch
+        if sketch:
+            heads = _heads(sketch, same)
+            if len(sketch) != SLOT_BYTES * self.slots:
+                self.slots, self.sketches, self.heads = len(sketch) // SLOT_BYTES, bytearray(), bytearray()
+            elif self._similar(sketch, heads, same):
+                return False
+            padded = b"".join([head.ljust(HEAD_BYTES, b"\0") for head in heads])
+            self.sketches += sketch
+            self.heads += padded
+            if len(self.sketches) > limit * len(sketch):
+                del self.sketches[: -limit * len(sketch)], self.heads[: -limit * len(padded)]
+        self.digests.append(prompt.digest)
+        if len(self.digests) > limit:
+            del self.digests[:-limit]
+        return True
+
+    def _similar(self, sketch: bytes, heads: list[bytes | bytearray], same: float) -> bool:
+        """Whether one of the sketches has enough slots of this one, whose bands begin with `heads`."""
+        if len(self.heads) * len(sketch) != len(self.sketches) * len(heads) * HEAD_BYTES:
+            self.heads = bytearray()  # from a snapshot without them
             for at in range(0, len(self.sketches), len(sketch)):
-                self.heads += _heads(self.sketches[at : at + len(sketch)], bands)
-        heads = self.heads
-        for begin, end in bands:
-            if sketch[begin : min(end, begin + HEAD_BYTES)] in heads:
+                known = _heads(self.sketches[at : at + len(sketch)], same)
+                self.heads += b"".join([head.ljust(HEAD_BYTES, b"\0") for head in known])
+        mine = self.heads
+        for head in heads:
+            if head in mine:
                 break
         else:
             return False
         equal = np.frombuffer(self.sketches, SLOT).reshape(-1, self.slots) == np.frombuffer(sketch, SLOT)
         return bool(np.count_nonzero(equal, axis=1).max(initial=0) >= same * self.slots)
 
-    def add(self, prompt: Prompt, limit: int, same: float) -> None:
-        """Forgets the oldest beyond `limit`, and sketches of another size."""
-        self.digests.append(prompt.digest)
-        del self.digests[:-limit]
-        sketch = prompt.sketch
-        if not sketch:
-            return
-        if len(sketch) != SLOT_BYTES * self.slots:
-            self.slots, self.sketches, self.heads = len(sketch) // SLOT_BYTES, bytearray(), bytearray()
-        heads = _heads(sketch, _bands(self.slots, same))
-        self.sketches += sketch
-        self.heads += heads
-        del self.sketches[: -limit * len(sketch)], self.heads[: -limit * len(heads)]
 
-
-def _heads(sketch: bytes | bytearray, bands: list[tuple[int, int]]) -> bytes:
-    cuts = [(begin, min(end, begin + HEAD_BYTES)) for begin, end in bands]
-    return b"".join([sketch[begin:end].ljust(HEAD_BYTES, b"\0") for begin, end in cuts])
+def _heads(sketch: bytes | bytearray, same: float) -> list[bytes | bytearray]:
+    """How each band begins."""
+    bands = _bands(len(sketch) // SLOT_BYTES, same)
+    return [sketch[begin : min(end, begin + HEAD_BYTES)] for begin, end in bands]
 
 
 def likeness(one: Prompt, other: Prompt) -> float:
     """Share of equal slots: the estimated similarity. 0 where there are no sketches of one size."""
-    if not one.sketch or len(one.sketch) != len(other.sketch):
+    size = len(one.sketch)
+    if not size or size != len(other.sketch):
         return 0.0
-    slots = np.frombuffer(one.sketch, SLOT) == np.frombuffer(other.sketch, SLOT)
-    return float(np.count_nonzero(slots)) / len(slots)
+    low, high = _lanes(size)
+    apart = int.from_bytes(one.sketch, "little") ^ int.from_bytes(other.sketch, "little")
+    # The top bit of a slot's 32 is set where any bit of it is: by itself, or by what is below it carrying.
+    unequal = (((apart & low) + low) | apart) & high
+    slots = size // SLOT_BYTES
+    return (slots - unequal.bit_count()) / slots
+
+
+@lru_cache(maxsize=64)
+def _lanes(size: int) -> tuple[int, int]:
+    """All but the top bit of every slot, and these top bits: as one number a sketch is compared at once."""
+    ones = int.from_bytes(b"\1\0\0\0" * (size // SLOT_BYTES), "little")
+    return ones * (2**31 - 1), ones << 31

@@ -92,6 +92,6 @@ def test_known_prompts_from_a_snapshot_without_the_beginnings_of_bands_are_known
     """State stored before these were kept: they are worked out again."""
     sketches = [np.random.default_rng(seed).bytes(256) for seed in range(5)]
     known = Known(digests=["d"] * 5, sketches=bytearray(b"".join(sketches)), slots=64)
-    assert [known.holds(Prompt("new", sketch), 0.95) for sketch in sketches] == [True] * 5
-    assert not known.holds(Prompt("new", bytes(256)), 0.95)
+    assert [known.admit(Prompt("new", sketch), 16, 0.95) for sketch in sketches] == [False] * 5
+    assert known.admit(Prompt("new", bytes(256)), 16, 0.95)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(known), type=Known) == known

@@ -130,7 +130,7 @@ def test_what_is_known_of_prompts_says_what_comparing_them_all_says() -> None:
         for slot in rng.choice(64, int(rng.integers(0, 6)), replace=False).tolist():
             sketch[4 * slot] ^= 1
         prompt = Prompt(f"d{int(rng.integers(60))}", bytes(sketch) if number % 5 else b"")
-        assert known.holds(prompt, 0.95) == seen_before(prompt, listed, 0.95)
-        if not known.holds(prompt, 0.95):
-            known.add(prompt, 64, 0.95)
+        new = not seen_before(prompt, listed, 0.95)
+        assert known.admit(prompt, 64, 0.95) == new
+        if new:
             listed = [*listed, prompt][-64:]
