@@ -1,7 +1,8 @@
 """How much the users of a partition ask, so that stage 2 can tell a few attackers from a busy crowd.
 
-With each block goes how many requests its user had sent by then, and the seconds of his last eight; with his first and
-third request after it, the number again. All are integers, and a user is in one partition, so partitions merge.
+With each block goes how many requests its user had sent by then, and the seconds of his last eight; with his first,
+third and ninth request after it, the number again. All are integers, and a user is in one partition, so partitions
+merge.
 
 Memory: 40 bytes a user, in the registry.
 """
@@ -17,7 +18,7 @@ from detectors.registry import Registry
 
 TIMES: Final = 8
 """Requests of a user of which the second is kept."""
-LATER: Final = (1, 3)
+LATER: Final = (1, 3, 9)
 """Requests after a user's last block with which his number of requests is told again."""
 
 
@@ -58,11 +59,11 @@ class Asking:
         before = self._total.values[rows].astype(np.int64)
         marks = self._blocked.values[rows].astype(np.int64)
         since = before + rank + 1 - marks
-        due = np.flatnonzero((marks > 0) & ((since == LATER[0]) | (since == LATER[1])))
+        due = np.flatnonzero((marks > 0) & np.isin(since, LATER))
         later = dict(zip(events[due].tolist(), (since + marks)[due].tolist(), strict=True))
         asked: dict[int, Asked] = {}
         hits = hit[events]
-        mine = np.unique(np.repeat(np.arange(len(starts)), sizes)[hits])
+        mine = np.flatnonzero(np.logical_or.reduceat(hits, starts))
         for begin, size in zip(starts[mine].tolist(), sizes[mine].tolist(), strict=True):
             part = slice(begin, begin + size)
             numbers = events[part].tolist(), chunk.second[events[part]].tolist(), hits[part].tolist()

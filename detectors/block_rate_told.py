@@ -1,15 +1,16 @@
 """What a block_rate finding says: how many blocks against what is usual, by few or by many, and what changed before.
 
-Few or many. If a spike is everybody's, blocks come in proportion to what each user asks; if it is a few users', they
-are blocked at nearly every request and the others as usual. So each user with blocks is asked which of the two his
-blocks k among his n requests since the chart began are like: k ln(q / p) + (n - k) ln((1 - q) / (1 - p)), q being .6
-and p the rate of the whole spike (J. Neyman and E. S. Pearson, "On the problem of the most efficient tests of
-statistical hypotheses", Phil. Trans. R. Soc. A 231, 1933). Up to five who are more like attackers by two nats are the
-few, and the spike is theirs if they made half of what is above the usual. Blocks alone tell it badly: a tenant of a
-hundred users has three or four who ask most, and an honest one is blocked twice in a row.
+Few or many. Two explanations of the counted blocks are compared by their likelihood (J. Neyman and E. S. Pearson, "On
+the problem of the most efficient tests of statistical hypotheses", Phil. Trans. R. Soc. A 231, 1933), each against
+blocks at the usual rate p. *Many*: everyone is blocked at the rate of the whole spike. *Few*: up to five users are
+blocked at .6 of their requests and the others as usual; a user with k blocks among n requests since the chart began
+adds k ln(.6 / p) + (n - k) ln(.4 / (1 - p)), and naming him costs 1.5 nats. Few is said where it is 3 nats likelier.
+Blocks alone tell it badly: a tenant of a hundred users has three or four who ask most, and an honest one is blocked
+twice in a row.
 
-n is known from running numbers (`detectors.block_rate_asked`): requests between the user's first and last block, one or
-three after the last where he sent so many, and those of the eight up to the first that came after the chart began.
+n is known from running numbers (`detectors.block_rate_asked`): requests between the user's first and last block; one,
+three or nine after the last where he sent so many; and those of the eight up to the first that came after the chart
+began.
 """
 
 import math
@@ -27,8 +28,9 @@ USERS_TOLD_MAX: Final = 256
 FEW_MAX: Final = 5
 ATTACKER_RATE: Final = 0.6
 """Share of an attacker's requests that are blocked."""
-ATTACKER_NATS: Final = 2.0
-FEW_SHARE: Final = 0.5
+NAMED_NATS: Final = 1.5
+"""What naming a user costs: among those with blocks there is always one who looks like an attacker."""
+FEW_NATS: Final = 3.0
 BLOCKS_HIGH: Final = 20
 
 
@@ -128,18 +130,21 @@ def by_few(spike: Spike, recent: list[Blocks]) -> bool:
     """Whether a few users made the spike."""
     counted, blocked = by_user(recent, spike.chart.start_s, "counted"), by_user(recent, spike.chart.start_s, "blocked")
     asked = asked_since(recent, spike.chart.start_s)
-    blocks, requests = sum(seen.distinct for seen in recent), max(spike.chart.requests, 1)
-    usual = spike.distinct_rate
-    rate = min(max(blocks / requests, spike.chart.ratio * usual), ATTACKER_RATE / 2)
-    alike = []
+    blocks, usual = sum(counted.values()), spike.distinct_rate
+    requests = max(spike.chart.requests, blocks, 1)
+    rate = min(max(blocks / requests, spike.chart.ratio * usual), 0.9)
+    named = []
     for user, mine in counted.items():
         # A prompt sent again is neither a block that counts nor a request that was answered.
         sent = max(asked.get(user, requests) - (blocked.get(user, mine) - mine), mine)
-        nats = mine * math.log(ATTACKER_RATE / rate) + (sent - mine) * math.log((1 - ATTACKER_RATE) / (1 - rate))
-        if nats > ATTACKER_NATS:
-            alike.append((nats, mine - usual * sent))
-    theirs = sum(excess for _, excess in sorted(alike, reverse=True)[:FEW_MAX])
-    return theirs >= FEW_SHARE * max(blocks - usual * requests, 1e-9)
+        named.append(_gain(mine, sent, ATTACKER_RATE, usual) - NAMED_NATS)
+    few = sum(sorted((nats for nats in named if nats > 0), reverse=True)[:FEW_MAX])
+    return few - _gain(blocks, requests, rate, usual) >= FEW_NATS
+
+
+def _gain(blocks: int, requests: int, rate: float, usual: float) -> float:
+    """ln of how much likelier so many blocks are at a rate than at the usual one."""
+    return blocks * math.log(rate / usual) + (requests - blocks) * math.log((1 - rate) / (1 - usual))
 
 
 def change_of(known: list[Announced], first_s: int, second: int, change_s: int) -> str:

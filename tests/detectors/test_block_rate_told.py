@@ -17,7 +17,7 @@ from tests.sim.traffic import Traffic
 
 
 def test_what_a_user_asked_is_counted_alike_however_the_events_are_cut() -> None:
-    """Against a count by hand: running numbers, the last eight seconds, the first and third request after a block."""
+    """Against a count by hand: running numbers, the last eight seconds, three requests after a block."""
     traffic = Traffic(61, rate=20.0)
     traffic.calm(0, 40)
     traffic.block_burst(10, 25, prompts=60, users=12)
