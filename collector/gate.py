@@ -22,7 +22,6 @@ from collector.audit import Unaudited
 from collector.auditor import Auditor
 from collector.context import NOBODY, Exchange, exchange
 from collector.deadlines import Deadlines
-from collector.event import uuid7
 from collector.judging import Crowded
 from collector.media import items
 from collector.prompt import TURNS_MAX, Body, PromptView, TooMany, views
@@ -30,6 +29,7 @@ from collector.prompt_words import TooDeep
 from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
 from collector.trace import trace_id
+from collector.uuid7 import uuid7
 
 log = structlog.get_logger(__name__)
 

@@ -23,6 +23,7 @@ from collector.chain import LaneChain, origin
 from collector.event import AuditEvent, Checkpoint, Goodbye, Heartbeat, Integrity, Rejection
 from collector.journal import RESERVED_BYTES, Journal, JournalFull, Position, ack_body, lane_body
 from collector.tickets import UNENCODABLE, Closed, Counters, Meta, Ticket, begin_body
+from collector.uuid7 import uuid7
 
 log = structlog.get_logger(__name__)
 
@@ -142,7 +143,7 @@ class Book:
         """
         if len(key) > KEY_CHARS_MAX:
             raise ValueError(f"a key has at most {KEY_CHARS_MAX} characters")
-        ticket = Ticket(events.uuid7(), key.encode(), partition, self._clock_us(), known)
+        ticket = Ticket(uuid7(), key.encode(), partition, self._clock_us(), known)
         body = ticket.body = begin_body(ticket, key)
         with self.section:
             if self._closed:
@@ -217,7 +218,7 @@ class Book:
         return events.encode(self._integrity(problem, now_us, lane, subject_id=event.event_id, size_bytes=len(raw)))
 
     def _integrity(self, problem: str, now_us: int, lane: Lane, **fields: Any) -> Integrity:
-        return Integrity(problem=problem, **self._stamp(now_us, lane, events.uuid7()), **fields)
+        return Integrity(problem=problem, **self._stamp(now_us, lane, uuid7()), **fields)
 
     def _stamp(self, now_us: int, lane: Lane, event_id: str) -> dict[str, Any]:
         return {
@@ -247,7 +248,7 @@ class Book:
             lane = self.lanes[partition] = Lane(origin(self.collector_id, self.boot, partition))
         if lane.ended:
             raise Closed("the lane has ended")
-        stamp = self._stamp(self._now_us(), lane, events.uuid7())
+        stamp = self._stamp(self._now_us(), lane, uuid7())
         if shape is Heartbeat:
             stamp["chain"] = lane.beat_head
         record = shape(**stamp, **fields)

@@ -18,7 +18,6 @@ from collector.audit import Unaudited
 from collector.auditor import Auditor
 from collector.config import CollectorConfig
 from collector.context import Exchange
-from collector.event import uuid7
 from collector.gate import Gate
 from collector.kafka import KafkaConfig
 from collector.proxy import Proxy
@@ -28,6 +27,7 @@ from collector.proxy_routes import table
 from collector.proxy_upstream import Upstream
 from collector.secret_file import read_secret
 from collector.startup import open_auditor
+from collector.uuid7 import uuid7
 from collector.weights import Model
 
 log = structlog.get_logger(__name__)

@@ -19,12 +19,13 @@ import structlog
 
 from collector.checkpoints import remember
 from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
-from collector.event import AuditEvent, Change, Goodbye, Rejection, uuid7
+from collector.event import AuditEvent, Change, Goodbye, Rejection
 from collector.feeder import ClockApart, Feeder
 from collector.journal import JournalFull
 from collector.kafka import KafkaConfig, partition_for
 from collector.lanes import Book
 from collector.tickets import Closed, Counters, Meta, Ticket
+from collector.uuid7 import uuid7
 
 __all__ = ["ClockApart", "Closed", "Counters", "JournalFull", "Publisher", "Ticket", "system_clock_us"]
 

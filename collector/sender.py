@@ -21,6 +21,7 @@ from collector.event import Integrity
 from collector.journal import RECORD, RECORD_HEAD, Entry, JournalFull, Position, Reader
 from collector.kafka import AIOKafkaProducer, KafkaError
 from collector.lanes import Book
+from collector.uuid7 import uuid7
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +131,7 @@ def stand_in(raw: bytes) -> bytes:
     return events.encode(
         Integrity(
             schema_version=events.SCHEMA_VERSION,
-            event_id=events.uuid7(),
+            event_id=uuid7(),
             timestamp=record.timestamp,
             collector_id=record.collector_id,
             boot=record.boot,

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from collector.event import uuid7
+from collector.uuid7 import uuid7
 from detectors.commands import AnyCommand, BadCommand, Suppress, public_keys, sign, verify
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Finding
 from detectors.orders import AGGREGATES

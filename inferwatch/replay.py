@@ -22,9 +22,9 @@ from collector.event import (
     Hello,
     Status,
     from_timestamp_us,
-    uuid7,
 )
 from collector.kafka import partition_for
+from collector.uuid7 import uuid7
 
 SECOND_US: Final = 1_000_000
 DAY_S: Final = 86_400

@@ -19,8 +19,8 @@ import msgspec
 from msgspec import Struct
 
 from collector.admin import add_partitions, count_partitions, describe_topics
-from collector.event import uuid7
 from collector.kafka import KafkaConfig, TopicPartition, make_consumer, wait_for_broker
+from collector.uuid7 import uuid7
 from detectors.config import DetectConfig
 from streams.config import StreamsConfig
 from streams.ingest import ROLE as INGEST

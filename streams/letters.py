@@ -14,7 +14,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from collector.event import EVENT_BYTES_MAX, BadEvent, uuid7
+from collector.event import EVENT_BYTES_MAX, BadEvent
 from collector.event import decode as decode_event
 from collector.kafka import (
     RECORD_OVERHEAD_BYTES,
@@ -30,6 +30,7 @@ from collector.kafka import (
 )
 from collector.sealing import Seal
 from collector.topics import TopicName
+from collector.uuid7 import uuid7
 from detectors.rollup import BadRollup
 from detectors.rollup import decode as decode_rollup
 from streams.deadletter import Letter, Unusable, appended_at, letter_seal, read_letter, unseal

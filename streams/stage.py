@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
-from collector.event import uuid7
 from collector.kafka import KafkaConfig, KafkaError, changelog_spec, ensure_topics, wait_for_broker
+from collector.uuid7 import uuid7
 from streams.batch import Batch
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, Tick, encode, uuid7
+from collector.event import EVENT_BYTES_MAX, SCHEMA_VERSION, Tick, encode
 from collector.kafka import ConsumerRecord, KafkaConfig, partition_for
+from collector.uuid7 import uuid7
 from detectors.config import DetectConfig
 from detectors.engine import PartitionEngine
 from detectors.rollup import Marker, Signal

@@ -13,7 +13,7 @@ from vllm import PoolingParams, SamplingParams
 from collector.auditor import Auditor
 from collector.context import Exchange, exchange
 from collector.engine.process import current
-from collector.event import uuid7
+from collector.uuid7 import uuid7
 
 log = structlog.get_logger(__name__)
 

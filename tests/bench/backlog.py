@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from collector.event import SCHEMA_VERSION, Goodbye, Hello, encode, uuid7
+from collector.event import SCHEMA_VERSION, Goodbye, Hello, encode
 from collector.kafka import BatchWriter, KafkaConfig, ensure_topics, make_producer, partition_for
+from collector.uuid7 import uuid7
 
 EVENT = (
     '{"kind":"inference","schema_version":"1.0","event_id":"%s-%012x","timestamp":"%s","collector_id":"bench",'

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
-from collector.event import AuditEvent, GuardResult, Hello, decode, encode, from_timestamp_us, uuid7
+from collector.event import AuditEvent, GuardResult, Hello, decode, encode, from_timestamp_us
 from collector.identity import Pseudonyms
 from collector.journal import RECORD, Journal, Reader, lane_body
 from collector.kafka import KafkaConfig, ensure_topics, make_producer
@@ -39,6 +39,7 @@ from collector.recovery import recover
 from collector.sender import Sender
 from collector.signing import create_signing_key
 from collector.tickets import Meta
+from collector.uuid7 import uuid7
 from tests.conftest import RunningBroker
 
 NAMES = Pseudonyms(bytes(range(32)))

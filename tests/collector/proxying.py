@@ -11,7 +11,7 @@ import uvicorn
 
 from collector.auditor import Auditor
 from collector.doors import Identity
-from collector.event import AuditEvent, Rejection, decode, encode, from_timestamp_us, uuid7
+from collector.event import AuditEvent, Rejection, decode, encode, from_timestamp_us
 from collector.guards.config import GuardsConfig
 from collector.guards.protocol import Judgement, Probe
 from collector.guards.secrets import SecretsConfig
@@ -22,6 +22,7 @@ from collector.proxy_config import ProxyConfig
 from collector.proxy_server import Site
 from collector.routes import GateConfig
 from collector.tickets import Counters
+from collector.uuid7 import uuid7
 
 BLANK: dict[str, Any] = {"prompt_hash": "", "guardrail_results": [], "response_tokens": 0, "blocked": False}
 

@@ -35,8 +35,8 @@ from collector.event import (
     encode,
     from_timestamp_us,
     timestamp_us,
-    uuid7,
 )
+from collector.uuid7 import uuid7
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests/golden/events"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from collector.event import SCHEMA_VERSION, AuditEvent, Decision, GuardResult, Rejection, from_timestamp_us, uuid7
+from collector.event import SCHEMA_VERSION, AuditEvent, Decision, GuardResult, Rejection, from_timestamp_us
+from collector.uuid7 import uuid7
 from detectors.finding import Entity, Evidence, Finding, OffsetRange, Statistic, finding_uid
 from sinks.clickhouse.rows import StoredEvent
 
