@@ -190,6 +190,9 @@ def row_weights(data: Corpus, train: Mask, channel: Channel) -> Floats:
 def fit(data: Corpus, train: Mask, channel: Channel) -> tuple[Floats, float]:
     """(weights, bias) fitted to the rows of `train`. Deterministic."""
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - training only
+    from threadpoolctl import (  # type: ignore[import-untyped]  # noqa: PLC0415 - training only; no stubs
+        threadpool_limits,
+    )
 
     weights = row_weights(data, train, channel)
     shares = weights[data.row_of] / np.bincount(data.row_of)[data.row_of]
@@ -198,7 +201,8 @@ def fit(data: Corpus, train: Mask, channel: Channel) -> tuple[Floats, float]:
     kept = used
     for turn in range(ROUNDS):
         model = LogisticRegression(C=INVERSE_L2[channel], solver="liblinear", tol=0.1)
-        model.fit(data.windows[kept], data.labels[data.row_of[kept]], sample_weight=shares[kept])
+        with threadpool_limits(1):  # several threads sum in another order, and the weights are others
+            model.fit(data.windows[kept], data.labels[data.row_of[kept]], sample_weight=shares[kept])
         if turn == ROUNDS - 1 or not poisoned[used].any():
             break
         margins = np.full(len(data.row_of), -np.inf)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info  # type: ignore[import-untyped]  # no stubs
 
 from collector.guards import train
 from collector.guards.injection import InjectionConfig, InjectionGuard, load_weights
@@ -60,6 +62,21 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     card = made[0][1].decode()
     for part in ("## Where it is weak", "## The user head", "## The document head", "| made up 0 | x | 16 | 8 |"):
         assert part in card
+
+
+def test_a_fit_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cores there are: their sums would differ in the last digits, and so would the weights."""
+    seen: list[int] = []
+    whole = LogisticRegression.fit
+
+    def watched(self: LogisticRegression, *given: object, **named: object) -> object:
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return whole(self, *given, **named)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    data = train.corpus([train.Row(**row) for row in ROWS], SMALL["document"])  # type: ignore[arg-type]
+    train.fit(data, np.ones(len(ROWS), dtype=bool), "document")
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize(
