@@ -158,7 +158,7 @@ def printable(record: AnyRecord) -> AnyRecord:
     if names.isprintable():
         return record
     cleaned = _cleaned(record, ("tenant", "model_version", "user_id", "session_id", "api_key", "client_address"))
-    results = [msgspec.structs.replace(result, guard=_clean(result.guard)) for result in record.guardrail_results]
+    results = [msgspec.structs.replace(result, guard=clean(result.guard)) for result in record.guardrail_results]
     return msgspec.structs.replace(cleaned, guardrail_results=results)
 
 
@@ -167,10 +167,11 @@ _Record = TypeVar("_Record", bound=Record)
 
 def _cleaned(record: _Record, names: tuple[str, ...]) -> _Record:
     wanted = ("collector_id", "boot", "event_id", *names)
-    return msgspec.structs.replace(record, **{name: _clean(getattr(record, name)) for name in wanted})
+    return msgspec.structs.replace(record, **{name: clean(getattr(record, name)) for name in wanted})
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """The name without characters that break a line."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
 
 

@@ -33,7 +33,7 @@ from detectors.chunk import Chunk, in_order
 from detectors.columns import Columns, Ints, columns_of, joined, paired, picked
 from detectors.config import DetectConfig
 from detectors.coverage import CoverageOne
-from detectors.detector import Detector, line_of, printable
+from detectors.detector import Detector, clean, line_of, printable
 from detectors.finding import Entity
 from detectors.registry import Registry
 from detectors.rollup import Marker, Partial, Rollup, Signal
@@ -253,9 +253,9 @@ class PartitionEngine:
             Signal(
                 partition=self._partition,
                 second=second,
-                tenant=cleaned(change.tenant),
+                tenant=clean(change.tenant),
                 kind=detector,
-                key="\n".join(map(cleaned, names)),
+                key="\n".join(map(clean, names)),
                 entity=Entity(kind="collector", id=change.collector_id),
                 model="",
                 first_seen_us=moment_us,
@@ -373,15 +373,6 @@ class PartitionEngine:
             offsets, moments, raws = zip(*state.waiting, strict=True)
             events = [event for event in decode_all(raws)[0] if isinstance(event, AuditEvent)]
             self._waiting = [columns_of(events, list(raws), np.array(offsets), np.array(moments), self._reads)]
-
-
-def cleaned(name: str) -> str:
-    """The name without characters that break a line."""
-    return (
-        name
-        if name.isprintable()
-        else "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in name)
-    )
 
 
 def _moments(records: Sequence[AnyRecord]) -> Ints:
