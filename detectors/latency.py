@@ -40,7 +40,7 @@ from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo
 from detectors.histogram import quantile, share_above, upper_tail
 from detectors.latency_told import WEEK_S, Judgement, KeyState, slow_alarm, step_of, unusual_alarm
 from detectors.rollup import Cell, Partial, Signal, earliest, first, merge_offsets
-from detectors.spot import STATISTICS, SUDDEN, SUDDEN_EASE, Seen
+from detectors.spot import STATISTICS, Seen
 from detectors.strata import STRATA_MAX, Step, Stratum, above, forget, known, standardised
 
 NAME: Final = "latency"
@@ -194,18 +194,19 @@ class LatencyTwo(StageTwo):
             index * self._step_s // 3_600 % 168,
             math.log1p(calls / minutes),
         )
-        found = state.spot.judge(seen, math.log(self._config.ratio_min) / 2)
         age_s = index * self._step_s - state.first_s
+        square = state.spot.trusts_square(age_s)
+        found = state.spot.judge(seen, math.log(self._config.ratio_min) / 2, square=square)
         if not found or age_s < PAST_S:
             return None
         windows_a_week = state.spot.windows * WEEK_S / age_s
         needed = math.log10(windows_a_week * len(STATISTICS) / self._config.budget_per_week)
-        due = {name: needed - SUDDEN_EASE * (name in SUDDEN) for name in found}
-        told = [name for name in sorted(found) if state.spot.tells(name, found[name], due[name])]
+        state.spot.note(age_s, needed)
+        told = [name for name in sorted(found) if state.spot.tells(name, found[name], needed)]
         if not told:
             return None
-        statistic = max(told, key=lambda name: found[name] - due[name])
-        told_of = (statistic, found[statistic], due[statistic])
+        statistic = max(told, key=lambda name: found[name])
+        told_of = (statistic, found[statistic], needed)
         return unusual_alarm(state, where, window, told_of, self._config)
 
     def _window(self, state: KeyState, end: int) -> Judgement | None:
@@ -286,7 +287,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="4",
+        version="5",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[

@@ -11,7 +11,10 @@ Three see a sudden rise: the smaller of two adjoining windows' residuals of y ab
 is even), of which the two smaller of three windows are added. Load moves a median and its tail together and cancels
 out, and in a heavy tail a share is steadier than a percentile.
 
-Each has a tail of its own past beyond its 98 % quantile, continued by an exponential; the least probable decides.
+Each has a tail of its own past beyond its 98 % quantile, continued by an exponential; the least probable decides. Noise
+whose steps are Gaussian falls off sooner, with the square of the size, and then a sudden rise is far less probable. That
+is believed as long as the key's own record does not contradict it: what such a tail would have told more than a week
+ago came at most once a week, and once more. Younger rises don't count yet, so that one bad week hides nothing.
 Sources: A. Siffer et al., "Anomaly Detection in Streams with Extreme Value Theory", KDD 2017 (SPOT; DSPOT for the
 residuals), with shape 0, which is steadier on few peaks.
 
@@ -44,13 +47,17 @@ RHO: Final = 0.9
 GAIN: Final = 0.4
 LOAD_BINS: Final = 24
 HOURS: Final = 24
+WEEK_S: Final = 7 * 86_400
 WEEK_HOURS: Final = 168
 REST: Final = 100
 """Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
 REST_SUDDEN: Final = 20
 SUDDEN: Final = ("jump", "tail", "slowest")
-SUDDEN_EASE: Final = 0.5
-"""-log10 p that a sudden rise needs less, since two or three windows have to agree: assumed, not measured by itself."""
+RECORD_AGE_S: Final = 7 * 86_400
+"""Age from which a sudden rise is held against the tail that falls off with the square."""
+RECORD_WEEKS: Final = 8
+RECORD_MAX: Final = 64
+"""Sudden rises remembered."""
 STATISTICS: Final = ("day", "week", *MEANS, *SUDDEN)
 
 
@@ -63,12 +70,21 @@ class Tail(Struct):
     edge: float = 0.0
     share: float = 1.0
     scale: float = 1.0
+    square_scale: float = 1.0
+    """The same of a tail that falls off with the square of the size."""
 
     def improbability(self, value: float) -> float:
         """-log10 P(a value as large or larger); 0 within the edge."""
         if value <= self.edge or self.share >= 1:
             return 0.0
         return -math.log10(self.share) + (value - self.edge) / self.scale / math.log(10)
+
+    def square_improbability(self, value: float) -> float:
+        """The same, where the tail falls off with the square of the size if that is sooner."""
+        least = self.improbability(value)
+        if least == 0:
+            return 0.0
+        return max(least, -math.log10(self.share) + (value**2 - self.edge**2) / self.square_scale / math.log(10))
 
     def learn(self, value: float) -> None:
         """Adds to the past; the exponential is fitted anew every `REFIT` values."""
@@ -93,13 +109,16 @@ class Tail(Struct):
             edge_bucket = bucket
         self.edge = lower_edge(edge_bucket) / 1_000
         middles = ((lower_edge(bucket) + lower_edge(bucket + 1)) / 2_000 for bucket, _ in ordered)
-        excess = math.fsum(
-            count * max(middle - self.edge, 0.0)
+        peaks = [
+            (count, middle)
             for (bucket, count), middle in zip(ordered, middles, strict=True)
-            if bucket >= edge_bucket
-        )
+            if bucket >= edge_bucket and middle > self.edge
+        ]
+        excess = math.fsum(count * (middle - self.edge) for count, middle in peaks)
+        squares = math.fsum(count * (middle**2 - self.edge**2) for count, middle in peaks)
         self.share = (above + 0.5) / (self.total + 1)
         self.scale = max(excess / above, SCALE_MIN * self.edge, 1e-3)
+        self.square_scale = max(squares / above, 2 * SCALE_MIN * self.edge**2, 1e-6)
 
 
 class Residual(Struct):
@@ -206,6 +225,27 @@ class Spot(Struct):
     tails: dict[str, Tail] = {}
     last: dict[str, tuple[int, float]] = {}
     """Of sudden and of lasting changes: the last window that was improbable enough, and the last told -log10 p."""
+    steepest: float = 0.0
+    """Of the window judged last: -log10 p of the least probable sudden rise by the tail with the square."""
+    risen: int = -REST_SUDDEN
+    """The last window with one that this tail tells, of an episode of them."""
+    record: list[int] = []
+    """The age of the key in s when each of these episodes began."""
+
+    def trusts_square(self, age_s: int) -> bool:
+        """Whether a key of that age has a record that goes with a tail that falls off with the square."""
+        seen_s = age_s - RECORD_AGE_S
+        held = sum(began_s <= seen_s for began_s in self.record)
+        return seen_s >= 86_400 and held <= 1 + min((seen_s - 86_400) / WEEK_S, RECORD_WEEKS)
+
+    def note(self, age_s: int, needed: float) -> None:
+        """Puts a sudden rise in the window judged last on record, an episode once."""
+        if self.steepest < needed:
+            return
+        if self.windows - self.risen >= REST_SUDDEN:
+            since_s = age_s - RECORD_AGE_S - RECORD_WEEKS * WEEK_S
+            self.record = [*(began_s for began_s in self.record if began_s > since_s), age_s][-RECORD_MAX:]
+        self.risen = self.windows
 
     def tells(self, statistic: str, found: float, needed: float) -> bool:
         """Whether the window just judged is to be told: once an episode, and again where it is half as bad again."""
@@ -219,9 +259,10 @@ class Spot(Struct):
         self.last[family] = (self.windows, found if tells else told)
         return tells
 
-    def judge(self, window: "Seen", rise_min: float) -> dict[str, float]:
+    def judge(self, window: "Seen", rise_min: float, *, square: bool = False) -> dict[str, float]:
         """-log10 p of each statistic; empty while warm. A median or a 95th percentile that rose at once by less than
-        `rise_min` (in ln) is improbable by 0: however sure, it does not matter."""
+        `rise_min` (in ln) is improbable by 0: however sure, it does not matter. `square`: whether sudden rises have a
+        tail that falls off with the square."""
         y, hour, load = window.median_ln, window.hour, window.load
         size = math.copysign(math.expm1(min(abs(y), 7.0)), y)
         found = {
@@ -243,10 +284,13 @@ class Spot(Struct):
             self.mean_levels[name] = level + (mean - level) / (self.windows + 1)
         self.windows += 1
         told = {name: self.tails.setdefault(name, Tail()).improbability(value) for name, value in found.items()}
+        steep = {name: self.tails[name].square_improbability(found[name]) for name in SUDDEN if name in found}
         for name, value in found.items():
-            if self.windows <= TRUSTING or told[name] < GUARD:
+            if self.windows <= TRUSTING or steep.get(name, told[name]) < GUARD:
                 self.tails[name].learn(value)
+        told |= steep if square else {}
         for name in ("jump", "tail"):
             if found.get(name, rise_min) < rise_min:
-                told[name] = 0.0
+                told[name] = steep[name] = 0.0
+        self.steepest = max(steep.values())
         return told if self.windows > WARM else {}

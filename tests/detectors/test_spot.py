@@ -134,3 +134,35 @@ def test_a_restored_key_goes_on_the_same_and_stays_small() -> None:
     assert restored == plain
     assert len(raw) < 16_000
     assert set(plain.tails) <= set(STATISTICS)
+
+
+def test_a_tail_with_the_square_says_of_gaussian_noise_about_what_is_true() -> None:
+    """Of 20,000 values 2 beyond 10^-4 are due: at most eight; six deviations are less probable than the exponential has
+    it by more than an order."""
+    rng = random.Random(2)  # noqa: S311 seeded on purpose
+    tail, told = Tail(), 0
+    for number in range(24_000):
+        value = abs(rng.gauss(0, 1))
+        told += number >= 4_000 and tail.square_improbability(value) >= 4
+        tail.learn(value)
+    assert told <= 8
+    assert tail.square_improbability(6.0) > tail.improbability(6.0) + 1
+
+
+def test_a_record_of_sudden_rises_ends_the_trust_in_the_square_a_week_later() -> None:
+    """One a week and one more go with it; an episode counts once; what is younger than a week does not count."""
+    day_s = 86_400
+    spot = Spot(steepest=6.0)
+    assert not spot.trusts_square(8 * day_s - 1)
+    assert spot.trusts_square(8 * day_s)
+    for day in (2, 3, 4):
+        spot.windows += REST_SUDDEN
+        spot.note(day * day_s, 5.0)
+        spot.windows += 1
+        spot.note(day * day_s + 60, 5.0)
+    spot.windows += REST_SUDDEN
+    spot.note(5 * day_s, 6.5)
+    assert spot.record == [2 * day_s, 3 * day_s, 4 * day_s]
+    assert spot.trusts_square(9 * day_s)
+    assert not spot.trusts_square(10 * day_s)
+    assert spot.trusts_square(22 * day_s)
