@@ -12,9 +12,9 @@ is even), of which the two smaller of three windows are added. Load moves a medi
 out, and in a heavy tail a share is steadier than a percentile.
 
 Each has a tail of its own past beyond its 98 % quantile, continued by an exponential; the least probable decides. Noise
-whose steps are Gaussian falls off sooner, with the square of the size, and then a sudden rise is far less probable. That
-is believed as long as the key's own record does not contradict it: what such a tail would have told more than a week
-ago came at most once a week, and once more. Younger rises don't count yet, so that one bad week hides nothing.
+whose steps are Gaussian falls off sooner, with the square of the size, and then a sudden rise is far less probable.
+That is believed as long as the key's own record does not contradict it: what such a tail would have told more than a
+week ago came at most once a week, and once more. Younger rises don't count yet, so that one bad week hides nothing.
 Sources: A. Siffer et al., "Anomaly Detection in Streams with Extreme Value Theory", KDD 2017 (SPOT; DSPOT for the
 residuals), with shape 0, which is steadier on few peaks.
 
