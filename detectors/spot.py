@@ -284,7 +284,8 @@ class Spot(Struct):
             self.mean_levels[name] = level + (mean - level) / (self.windows + 1)
         self.windows += 1
         told = {name: self.tails.setdefault(name, Tail()).improbability(value) for name, value in found.items()}
-        steep = {name: self.tails[name].square_improbability(found[name]) for name in SUDDEN if name in found}
+        risen: list[str] = [name for name in SUDDEN if name in found]
+        steep = {name: self.tails[name].square_improbability(found[name]) for name in risen}
         for name, value in found.items():
             if self.windows <= TRUSTING or steep.get(name, told[name]) < GUARD:
                 self.tails[name].learn(value)
