@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from collector.identity import create_key_file
+from inferwatch.demo_setup import engine_environment
 from inferwatch.keys import add_api_key
 from inferwatch.tiny_model import write_tiny_model
 from tests.conftest import ROOT, RunningBroker
@@ -29,16 +30,7 @@ FLAGS = [
     # The prefix cache would make the second server of a pair no faster, but later batches: every prompt is new anyway.
     "--no-enable-prefix-caching",
 ]
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+ENVIRONMENT = {**engine_environment(), "VLLM_LOGGING_LEVEL": "WARNING"}
 START_TIMEOUT_S = 300
 NO_GUARD: Final = "[collector.guards]\norder = []\n"
 """The audit alone."""
