@@ -57,7 +57,7 @@ async def test_each_chunk_gets_its_own_verdict_and_the_call_one_event(site: Site
     assert (event["route"], event["operation"]) == ("POST /v1/guard", "guard")
     assert event["prompt_hash"] == Pseudonyms(bytes(range(32))).digest(joined)
     assert event["user_id"].startswith("u_")
-    assert "5150" not in answer.text + repr(event)
+    assert "canary" not in answer.text + repr(event)
     assert site.app.bodies == []
 
 
@@ -87,7 +87,7 @@ async def test_a_call_of_another_shape_is_refused_without_a_quote(site: Site, bo
     """400 and one sentence; the refusal has its event."""
     answer = await ask(site, body)
     assert answer.status_code == 400
-    assert "5150" not in answer.text
+    assert "canary" not in answer.text
     ((_, status),) = site.reasons
     assert status == 400
 

@@ -237,20 +237,20 @@ async def test_a_store_that_is_down_is_told_in_every_panel() -> None:
     assert set(troubles(html)) == {panel.name for panel in PANELS}
     assert "could not answer (ConnectionRefusedError)" in finding
     assert "could not answer (ConnectionRefusedError)" in events
-    assert "8123" not in html
+    assert "127.0.0.1:8123" not in html
 
 
 async def test_a_slow_query_is_given_up_and_the_others_are_shown() -> None:
     """After the time limit the panel says so; the page takes no longer than that, not the sum of all."""
     store = Store(BY_NAME["latency"].query(), wait_s=20)
-    client = await client_of(store, query_timeout_s=0.4)
+    client = await client_of(store, query_timeout_s=2)
     began_s = time.monotonic()
     html = await page(client, "/")
     took_s = time.monotonic() - began_s
     store.let_go.set()
     await client.close()
-    assert troubles(html) == {"latency": "The store took longer than 0.4 s; try a shorter time range."}
-    assert took_s < 5
+    assert troubles(html) == {"latency": "The store took longer than 2 s; try a shorter time range."}
+    assert took_s < 15
 
 
 async def test_queries_that_cant_even_start_say_that_the_store_is_busy() -> None:

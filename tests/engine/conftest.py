@@ -189,8 +189,8 @@ class Server:
     """Runs a coroutine on the server's event loop."""
 
     def mark(self) -> set[str]:
-        """The ids of all events so far."""
-        return {event.event_id for event in self.site.events()}
+        """The ids of all events so far, those still on their way to Kafka included."""
+        return {event.event_id for event in self.settled(0, set())}
 
     def settled(self, count: int, mark: set[str], timeout_s: float = 15) -> list[AuditEvent]:
         """The events since `mark` in order of time, once there are `count` and Kafka has everything."""
