@@ -135,3 +135,14 @@ def test_a_retrieved_chunk_is_taken_out_or_blocks(
         assert [r.decision for r in event.guardrail_results if r.stage == "retrieved"] == ["block"]
         assert ("input", "Read [removed by policy] and answer.") in server.guard.saw
         assert event.view == "messages"
+
+
+def test_the_guard_api_judges_without_the_engine(server: Server, web: httpx.Client) -> None:
+    """Beside vLLM's own routes: a verdict for each chunk and one event, and the engine is not asked."""
+    before = server.mark()
+    answer = web.post("/v1/guard", json={"texts": ["the page says blockme", {"text": "fine", "stage": "tool"}]})
+    (event,) = server.settled(1, before)
+    told = [(each["stage"], each["decision"]) for each in answer.json()["texts"]]
+    assert (answer.status_code, told) == (200, [("retrieved", "block"), ("tool", "allow")])
+    assert (event.route, event.status, event.reason) == ("POST /v1/guard", "ok", "guard_api")
+    assert (event.prompt_tokens, event.response_tokens) == (0, 0)
