@@ -49,7 +49,9 @@ class LifecycleConfig(_Table):
         60, ge=1, description="Least time between two revisions of one episode, unless its severity rises."
     )
     episodes_max: int = Field(
-        10_000, ge=1, description="Open episodes an engine; then the longest quiet one closes early."
+        10_000,
+        ge=1,
+        description="Open episodes an engine; then the longest quiet one of the tenant with most closes early.",
     )
     offset_ranges_max: int = Field(64, ge=1, le=1_024, description="Offset ranges in one finding.")
     incident_s: int = Field(

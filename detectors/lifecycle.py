@@ -9,12 +9,14 @@ What a command holds back is no less an episode: every revision is made, and mar
 over. It is told again (`leads`) once it is worse than what the command was given for, or the command ends.
 
 Times are event time. What is due at a moment is done before anything later, so batches don't change the answer.
-Memory: `episodes_max` episodes of about 4 KB; beyond that the longest quiet one closes early, which is counted;
+Memory: `episodes_max` episodes of about 4 KB; beyond that the longest quiet one closes early, of the tenant that has
+most of them, which is counted;
 `closed_max` closed findings of about 1 KB, so that they can still be called false.
 """
 
 import heapq
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
@@ -188,11 +190,14 @@ class Lifecycle:
         return min(close_us, self._update_us(episode)) if episode.dirty else close_us
 
     def _make_room(self, at_us: int) -> list[Finding]:
+        """Closes the longest quiet episode of the tenant with most of them: a flood closes its own tenant's."""
         if len(self._episodes) < self._config.episodes_max:
             return []
         self._counters["closed_early"] += 1
-        oldest = min(self._episodes, key=lambda key: (self._episodes[key].last_alarm_us, key))
-        return [self._close(oldest, at_us)]
+        open_of = Counter(tenant for tenant, *_ in self._episodes)
+        fullest = max(open_of, key=lambda tenant: (open_of[tenant], tenant))
+        mine = (key for key in self._episodes if key[0] == fullest)
+        return [self._close(min(mine, key=lambda key: (self._episodes[key].last_alarm_us, key)), at_us)]
 
     def _close(self, key: Key, at_us: int) -> Finding:
         episode = self._episodes.pop(key)

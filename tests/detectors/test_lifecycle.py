@@ -108,6 +108,14 @@ def test_at_the_limit_the_longest_quiet_episode_closes_early() -> None:
     assert (episodes.open_episodes, episodes.counters["closed_early"]) == (2, 1)
 
 
+def test_at_the_limit_a_flood_closes_its_own_tenants_episodes() -> None:
+    """One tenant's five users come one after the other; another tenant's finding, quiet for longest, stays open."""
+    episodes = lifecycle(LifecycleConfig(episodes_max=3))
+    episodes.alarm("probing", msgspec.structs.replace(alarm(0, user="u_victim"), tenant="other"))
+    said = [each for at_s in range(1, 6) for each in episodes.alarm("probing", alarm(at_s, user=f"u_{at_s}"))]
+    assert [each.entity.id for each in said if each.state == "close"] == ["u_1", "u_2", "u_3"]
+
+
 def test_the_strongest_window_describes_an_episode_whose_peak_speaks() -> None:
     """A latency episode is not told by its last, mildest window."""
     episodes = lifecycle()
