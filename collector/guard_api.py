@@ -2,7 +2,8 @@
 
 The gate answers it itself, so it is there before vLLM and before any server behind the proxy, behind the same doors,
 limits and bounds. Guarantee: each call that is answered has its event, a rejection with status `ok` and reason
-`guard_api` that holds the worst verdict of each guard and stage; neither event nor answer holds a piece of a text.
+`guard_api` that holds the worst verdict of each guard and stage, and `blocked` as it was answered, so that who tries
+variations here is seen as one who tries them on the model; neither event nor answer holds a piece of a text.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -37,16 +38,17 @@ async def answer(auditor: Auditor, scope: MutableMapping[str, Any], at_hand: Exc
     names = caller.names or auditor.identity.names(caller.tenant)
     context = Context(caller.tenant, at_hand.route, _string(body, "system"), _string(body, "prompt"), names.session)
     judged = await auditor.threads.admit(auditor.judge_each, [text[:2] for text in texts], context)
+    blocked = any(blocks for _, blocks in judged)
     auditor.reject(
         at_hand,
         reason="guard_api",
         http_status=200,
         status="ok",
         verdicts=worst(result for results, _ in judged for result in results),
-        told={"prompt_hash": names.digest("\n".join(text.text for text in texts))},
+        told={"prompt_hash": names.digest("\n".join(text.text for text in texts)), "blocked": blocked},
     )
     told = [_told(text, *verdict) for text, verdict in zip(texts, judged, strict=True)]
-    return orjson.dumps({"id": at_hand.http_request_id, "blocked": any(blocks for _, blocks in judged), "texts": told})
+    return orjson.dumps({"id": at_hand.http_request_id, "blocked": blocked, "texts": told})
 
 
 def _texts(body: Mapping[str, object]) -> list[_Text]:

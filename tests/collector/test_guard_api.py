@@ -54,6 +54,7 @@ async def test_each_chunk_gets_its_own_verdict_and_the_call_one_event(site: Site
     ]
     joined = f"The museum opens at nine.\n{CANARY}\n2 + 2"
     assert (event["status"], event["reason"], event["http_status"]) == ("ok", "guard_api", 200)
+    assert event["blocked"] is True
     assert (event["route"], event["operation"]) == ("POST /v1/guard", "guard")
     assert event["prompt_hash"] == Pseudonyms(bytes(range(32))).digest(joined)
     assert event["user_id"].startswith("u_")
@@ -137,6 +138,6 @@ def test_a_pipeline_behind_the_proxy_drops_the_poisoned_chunk() -> None:
     with running(upstream) as url, fronting(url) as front:
         assert callback(front, ["Lunch is at one.", "blockme now", "See you."]) == ["Lunch is at one.", "See you."]
         (event,) = front.events
-    assert (event.status, event.reason, event.blocked) == ("ok", "guard_api", False)
+    assert (event.status, event.reason, event.blocked) == ("ok", "guard_api", True)
     assert [(each.stage, each.decision) for each in event.guardrail_results] == [("retrieved", "block")]
     assert "/v1/guard" not in seen
