@@ -183,9 +183,10 @@ class BlockRateTwo(StageTwo):
         return self._guards[name]
 
     def _shared(self, state: KeyState, chart: Chart) -> bool:
-        """Whether the spike is more than one user's."""
+        """Whether the spike is more than one user's. Callers without a name are not one: probing knows none of them."""
         counted = by_user(state.recent, chart.start_s, "counted")
-        return max(counted.values(), default=0) <= self._config.top_user_share_max * sum(counted.values())
+        most = max((blocks for user, blocks in counted.items() if user), default=0)
+        return most <= self._config.top_user_share_max * sum(counted.values())
 
     def _wait(self, state: KeyState, second: int, counts: dict[str, int], *, suspicious: bool) -> None:
         if suspicious:
@@ -255,7 +256,7 @@ _keys_decoder = msgspec.msgpack.Decoder(
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="5",
+        version="6",
         atlas=["AML.T0051.000", "AML.T0054"],
         owasp=["LLM01"],
         runbook=[

@@ -135,6 +135,8 @@ def by_few(spike: Spike, recent: list[Blocks]) -> bool:
     rate = min(max(blocks / requests, spike.chart.ratio * usual), 0.9)
     named = []
     for user, mine in counted.items():
+        if not user:
+            continue  # callers without a name may be many
         # A prompt sent again is neither a block that counts nor a request that was answered.
         sent = max(asked.get(user, requests) - (blocked.get(user, mine) - mine), mine)
         named.append(_gain(mine, sent, ATTACKER_RATE, usual) - NAMED_NATS)
@@ -157,6 +159,14 @@ def change_of(known: list[Announced], first_s: int, second: int, change_s: int) 
     return f", after a change of {last.subject}{how}: suspect the rollout"
 
 
+def _whose(blocked: dict[str, int]) -> str:
+    """Who was blocked, in words."""
+    named = len(blocked) - ("" in blocked)
+    users = f"{named} user{'s' * (named != 1)}"
+    nameless = "callers without a name"
+    return users if named == len(blocked) else f"{users} and {nameless}" if named else nameless
+
+
 def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], change_s: int) -> Alarm:
     """The alarm, of the seconds with blocks since the chart began."""
     chart, second = spike.chart, spike.second
@@ -171,7 +181,6 @@ def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], cha
         merge_offsets(offsets, seen.offsets)
     samples = earliest(sample for seen in recent for sample in seen.samples)
     severity: Severity = "high" if not few and blocks >= BLOCKS_HIGH else "medium"
-    users = f"{len(blocked)} users" if len(blocked) != 1 else "1 user"
     usually = f"{'assumed' if spike.cold else 'usual'} {100 * spike.rate:.1f} %"
     return Alarm(
         tenant=spike.tenant,
@@ -198,7 +207,7 @@ def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], cha
         },
         summary=(
             f"Guard {guard} blocked {blocks} of {chart.requests} requests in {second - chart.start_s + 1} s,"
-            f" {observed / spike.rate:.1f} times the {usually}, by {users}"
+            f" {observed / spike.rate:.1f} times the {usually}, by {_whose(blocked)}"
             f"{change_of(announced, samples[0][0] // SECOND_US, second, change_s)} ({'few' if few else 'many'} users)"
         ),
         offsets=offsets,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from collector.event import Adapter, AuditEvent
+from detectors.detector import clean
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -49,9 +50,12 @@ class Columns:
     named: Flags
     """Whether there is an actor."""
     ok: Flags
+    delivered: Flags
+    """As `ok`, or broken off by the client: then what he had of it counts."""
     blocked: Flags
+    """But for what was blocked only because a guard failed: that says nothing of who sent it."""
     judged: Flags
-    """Whether any guard said anything."""
+    """Whether any guard said anything; likewise."""
     response_tokens: Ints
     prompt_tokens: Ints
     max_tokens: Ints
@@ -87,6 +91,7 @@ ARRAYS: Final = (
     "low",
     "named",
     "ok",
+    "delivered",
     "blocked",
     "judged",
     "response_tokens",
@@ -100,6 +105,7 @@ ARRAYS: Final = (
 )
 
 
+DELIVERED: Final = ("ok", "aborted")
 FIELDS: Final = {"choices": "n"}
 """Where a column is not called as the event's field is."""
 NAMED: Final = {"adapter": "adapters", "api_key": "api_keys", "address": "addresses", "kind": "kinds"}
@@ -113,6 +119,7 @@ EVERYTHING: Final = frozenset(
         "api_key",
         "blocked",
         "choices",
+        "delivered",
         "judged",
         "latency_ms",
         "max_tokens",
@@ -152,6 +159,9 @@ def columns_of(
     results = [event.guardrail_results for event in events] if reads & {"verdicts", "judged"} else []
     sizes = np.fromiter(map(len, results), np.int64, len(events)) if results else np.zeros(len(events), np.int64)
     verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [], sizes)
+    blocked, judged = plain("blocked", bool), sizes > 0
+    unsure = [row for row in np.flatnonzero(blocked).tolist() if _failed(events[row])]
+    blocked[unsure] = judged[unsure] = False
     adapter, adapters = names("adapter", lambda: _adapters([event.adapter for event in events]))
     api_key, api_keys = names("api_key", lambda: [event.api_key if event.user_id else "" for event in events])
     address, addresses = names(
@@ -167,8 +177,9 @@ def columns_of(
         low=low,
         named=named,
         ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
-        blocked=plain("blocked", bool),
-        judged=sizes > 0,
+        delivered=numbers("delivered", lambda: [event.status in DELIVERED for event in events], bool),
+        blocked=blocked,
+        judged=judged,
         response_tokens=_tokens(plain("response_tokens")),
         prompt_tokens=_tokens(plain("prompt_tokens")),
         max_tokens=_tokens(plain("max_tokens")),
@@ -190,11 +201,17 @@ def columns_of(
     )
 
 
+def _failed(event: AuditEvent) -> bool:
+    """Whether a guard failed and none blocked."""
+    decisions = {result.decision for result in event.guardrail_results}
+    return "error" in decisions and "block" not in decisions
+
+
 def _adapters(adapters: list[Adapter | None]) -> list[str]:
     if adapters.count(None) == len(adapters):
         return [""] * len(adapters)
     names = ["" if each is None else f"{each.name}@{each.digest[-DIGEST_SHOWN:]}" for each in adapters]
-    return [name if name.isprintable() else repr(name)[1:-1] for name in names]
+    return list(map(clean, names))
 
 
 def coded(values: list[Any]) -> tuple[Ints, list[Any]]:

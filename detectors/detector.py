@@ -171,7 +171,9 @@ def _cleaned(record: _Record, names: tuple[str, ...]) -> _Record:
 
 
 def clean(name: str) -> str:
-    """The name without characters that break a line."""
+    """The name without characters that break a line, no longer than before."""
+    if name.isprintable():
+        return name
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
 
 

@@ -48,6 +48,8 @@ PIECE_RECORDS: Final = 1_024
 SPECIAL: Final = (Hello, Goodbye, Tick, Change)
 TOLD_OF_CHANGES: Final = ("block_rate",)
 """Detectors whose second half is sent change events, as signals."""
+KEYS: Final = frozenset(("api_keys", "token_keys", "proxy_secret", "signing_key"))
+"""Subjects of changes in who may ask or who signs: no guard blocks more for them, and they come every day."""
 EVENTS: Final = frozenset((AuditEvent, Rejection))
 SELF_TEST: Final = "selftest"
 """The operation of the request that a collector sends itself at its start: it has its place in the lane, and is no
@@ -244,6 +246,8 @@ class PartitionEngine:
 
     def _changed(self, change: Change, offset: int, closed_through: int | None) -> list[Signal]:
         """A change event for stage 2, told when its second closes; of one that is closed already, the next."""
+        if change.subject in KEYS:
+            return []
         moment_us = timestamp_us(change.timestamp)
         second = moment_us // SECOND_US
         if closed_through is not None:

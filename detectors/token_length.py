@@ -3,7 +3,8 @@
 Method. For each completion the chance p of one at least as long, given model, adapter, prompt size and max_tokens: the
 bucket's own counts, shrunk to the model's (and adapter's) whole distribution, whose upper tenth is continued by an
 exponential tail in ln(tokens) (a Pareto tail; peaks over threshold, J. Pickands, Annals of Statistics 3, 1975): counts
-alone can't go below one in the bucket's size. Two charts a user (CUSUM, E. S. Page, Biometrika 41, 1954):
+alone can't go below one in the bucket's size. What the client broke off counts with what he had of it, else whoever
+hangs up before the last token would not be seen. Two charts a user (CUSUM, E. S. Page, Biometrika 41, 1954):
 - *rare*: a completion rarer than 1 in 1,000 adds -ln(1000 p), at most 5, so that one freak is never enough; each
   completion costs .01. For exponential gains at that rate and cost it reaches h with a chance of exp(-.9 h), so
   h = ln(completions a week / 1000 / false alarms a week) / .9. Finds who draws long answers among many others.
@@ -83,7 +84,7 @@ class TokenLengthOne(StageOne):
 
     def events(self, chunk: Chunk) -> list[Partial | Signal]:
         columns = chunk.columns
-        rows = np.flatnonzero(columns.ok & (columns.response_tokens > 0))
+        rows = np.flatnonzero(columns.delivered & (columns.response_tokens > 0))
         if not len(rows):
             return []
         tokens = columns.response_tokens // columns.choices
@@ -355,7 +356,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, ModelState], Dump[str, Eviden
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="4",
+        version="5",
         atlas=["AML.T0024.002", "AML.T0034.001", "AML.T0057"],
         owasp=["LLM10", "LLM02"],
         runbook=[
@@ -367,7 +368,7 @@ DETECTOR: Final = Detector(
         window_s=16 * 3_600,
         lookback_s=3_600,
     ),
-    reads=frozenset({"ok", "prompt_tokens", "response_tokens", "max_tokens", "choices", "adapter"}),
+    reads=frozenset({"delivered", "prompt_tokens", "response_tokens", "max_tokens", "choices", "adapter"}),
     enabled=lambda config: config.token_length.enabled,
     stage_one=lambda _, registry: TokenLengthOne(registry),
     stage_two=TokenLengthTwo,

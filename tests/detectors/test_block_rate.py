@@ -101,9 +101,11 @@ def test_a_spike_after_a_change_event_names_it_and_any_cut_of_the_log_says_the_s
     assert "rollout" not in plain[0].summary
     assert "after a change of guard from injection 1 to injection 2: suspect the rollout" in changed[0].summary
     assert [each.summary for each in told(log, 40, 7)] == [each.summary for each in changed]
+    for keys in ("api_keys", "token_keys", "proxy_secret", "signing_key"):  # whoever gets a key is no rollout
+        assert [each.summary for each in told(log, 40, 50, keys)] == [each.summary for each in plain]
 
 
-def told(log: list[Logged], change_s: int | None, batch: int) -> list[Finding]:
+def told(log: list[Logged], change_s: int | None, batch: int, subject: str = "guard") -> list[Finding]:
     """Findings of block_rate, with a change record of a lane of its own before the second `change_s`."""
     one = PartitionEngine(CONFIG, topic="iw.events", partition=0, partitions=1)
     two = TenantEngine(CONFIG, partition=0, partitions=1)
@@ -121,7 +123,7 @@ def told(log: list[Logged], change_s: int | None, batch: int) -> list[Finding]:
                 boot="b",
                 seq=0,
                 tenant="acme",
-                subject="guard",
+                subject=subject,
                 before="injection 1",
                 after="injection 2",
             )
@@ -133,5 +135,5 @@ def told(log: list[Logged], change_s: int | None, batch: int) -> list[Finding]:
                 signals += isinstance(rollup, Signal) and rollup.kind == "block_rate"
                 two.observe(rollup)
             findings += two.take()
-    assert signals == (change_s is not None)
+    assert signals == (change_s is not None and subject == "guard")
     return [each for each in findings if each.detector == "block_rate"]

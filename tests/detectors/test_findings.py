@@ -17,7 +17,7 @@ from tests.detectors.test_demo import CONFIG
 from tests.sim.campaigns import four_campaigns
 from tests.sim.layout import Layout, lay_out
 from tests.sim.pipe import run
-from tests.sim.traffic import Traffic
+from tests.sim.traffic import START_US, Traffic
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "findings"
 LAYOUT = Layout(partitions=4, heartbeat_ms=1_000)
@@ -86,6 +86,18 @@ def test_blocks_by_three_users_are_told_as_few() -> None:
     assert told[0].summary.endswith("(few users)")
 
 
+def test_a_spike_by_callers_without_a_name_is_told() -> None:
+    """No user, no key, no address: they are not one user, and no other detector knows them."""
+    traffic = Traffic(2)
+    traffic.calm(0, 90)
+    traffic.block_burst(90)
+    traffic.calm(90, 20)
+    traffic.events = [msgspec.structs.replace(event, user_id="") for event in traffic.events]
+    (opened,) = [each for each in findings_of(traffic) if each.state == "open"]
+    assert (opened.detector, opened.contributors) == ("block_rate", [])
+    assert "by callers without a name (many users)" in opened.summary
+
+
 def test_a_guard_that_only_watches_or_fails_is_no_block() -> None:
     """Shadow verdicts are trials that passed; errors are no trials."""
     traffic = Traffic(6)
@@ -98,6 +110,21 @@ def test_a_guard_that_only_watches_or_fails_is_no_block() -> None:
             for event in traffic.events
         ]
         assert findings_of(traffic) == []
+
+
+@pytest.mark.parametrize("others", [[], [GuardResult(guard="secrets", version="1", stage="input", decision="allow")]])
+def test_a_guard_that_fails_closed_makes_nobody_an_attacker(others: list[GuardResult]) -> None:
+    """For three minutes every request of thirty users is blocked because a guard failed: none is evidence."""
+    traffic = Traffic(3)
+    traffic.calm(0, 300)
+    failed = GuardResult(guard="injection", version="1", stage="input", decision="error", error="DeadlineExceeded")
+    traffic.events = [
+        msgspec.structs.replace(event, guardrail_results=[failed, *others], blocked=True, status="blocked_input")
+        if event.timestamp.timestamp() > START_US / 1e6 + 120
+        else event
+        for event in traffic.events
+    ]
+    assert findings_of(traffic) == []
 
 
 def test_heavier_prompts_alone_are_no_slow_model() -> None:

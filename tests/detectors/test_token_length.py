@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from collector.event import Adapter, Decision, GuardResult
+from collector.event import Adapter, Decision, GuardResult, Status
 from detectors.finding import Finding
 from tests.detectors.test_findings import findings_of
 from tests.sim.traffic import Traffic
@@ -45,6 +45,21 @@ def test_a_run_that_is_cut_at_its_limit_is_counted() -> None:
     """finish_reason=length, again and again."""
     assert told([0.1] * 8, finish="length")[-1].counts["cut_at_limit_in_a_row"] == 8
     assert told([0.1] * 8)[-1].counts["cut_at_limit_in_a_row"] == 0
+
+
+def test_who_hangs_up_before_the_end_is_told_as_who_does_not() -> None:
+    """The same answers, each broken off by the client when he had it."""
+    statuses: tuple[Status, Status] = ("ok", "aborted")
+    found: dict[Status, list[Finding]] = {}
+    for status in statuses:
+        traffic = Traffic(26)
+        traffic.calm(0, 90)
+        for number in range(12):
+            traffic.one(90 + number, 400, 40, 512, 400, status=status)
+        traffic.calm(90, 20)
+        found[status] = [each for each in findings_of(traffic) if each.detector == "token_length"]
+    assert found["ok"]
+    assert found["aborted"] == found["ok"]
 
 
 def test_a_suspected_short_answer_is_nobodys_business_here() -> None:
@@ -89,6 +104,17 @@ def test_each_adapter_has_its_own_usual_length(adapter: Adapter | None) -> None:
     traffic.calm(90, 20)
     found = [each for each in findings_of(traffic) if each.detector == "token_length"]
     assert bool(found) == (adapter is None)
+
+
+def test_an_adapters_name_of_signs_that_do_not_print_hides_nothing() -> None:
+    """As long as an event lets it be; stage 2 reads the rollups as they lie on the topic."""
+    traffic = Traffic(27)
+    traffic.calm(0, 90)
+    traffic.long_answers(90, prompts=8, users=1)
+    traffic.calm(90, 20)
+    strange = Adapter(name="\U0010ffff" * 250 + "\n", digest="sha256:" + "5" * 64)
+    traffic.events = [msgspec.structs.replace(event, adapter=strange) for event in traffic.events]
+    assert "token_length" in {each.detector for each in findings_of(traffic)}
 
 
 def test_many_users_of_one_prompt_size_at_once_are_each_others_second_signal() -> None:
