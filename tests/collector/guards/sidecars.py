@@ -149,6 +149,14 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def one(stack: GuardStack, text: str, context: Context | None = None) -> GuardResult:
     """The verdict on one text."""
     (result,) = stack.judge([("input", text)], context or Context())

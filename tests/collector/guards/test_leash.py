@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collector.guards import leash
+from tests.collector.guards.sidecars import lives
 from tests.collector.guards.test_stack import wait_until
 
 ASKING = """
@@ -17,14 +18,6 @@ from collector.guards import codeshield
 with codeshield.scratch(600):
     asyncio.run(codeshield._run_semgrep(["sh", "-c", "sleep 600 & echo $! $$ >&3; sleep 600", "semgrep"]))
 """
-
-
-def lives(pid: int) -> bool:
-    """Whether a process is there that is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

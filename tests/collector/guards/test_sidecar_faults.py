@@ -19,10 +19,12 @@ from tests.collector.guards.sidecars import (
     LIMIT_S,
     Process,
     judged_again,
+    lives,
     one,
     settings,
     told,
 )
+from tests.collector.guards.test_stack import wait_until
 
 
 class Load:
@@ -164,7 +166,7 @@ def test_killed_whole_it_leaves_nothing_and_the_next_takes_its_place(tmp_path: P
         assert load.errors == {"SidecarAway"}
         assert {each.version for each in load.results} == {"o1", "o2"}
         assert changes == [{"subject": "guard:secrets", "before": "o1", "after": "o2"}]
-        assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+        wait_until(lambda: not any(map(lives, below)))
         assert process.stop() == 0
         assert not config.sidecar.socket.exists()
     finally:
