@@ -42,11 +42,14 @@ from detectors.block_rate_told import Announced, Blocks, Spike, alarm_of, blocks
 from detectors.block_rate_trials import NAME, BlockRateOne
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageTwo
+from detectors.entities import Room
 from detectors.rollup import Cell, Signal, first
 
 ANNOUNCED_MAX: Final = 8
 """Changes remembered a tenant."""
 RECENT_MAX: Final = 128
+SHARING_H: Final = 14 * 24
+"""Hours after which a key that is seen no more has no share of its tenant's budget."""
 
 
 class Minute(Struct):
@@ -84,7 +87,9 @@ class BlockRateTwo(StageTwo):
         self._config = config.block_rate
         self._contributors_max = config.contributors_max
         self._keys: dict[str, KeyState] = {}
-        self._keys_of: dict[str, int] = {}
+        self._room = Room[str, KeyState](lambda state: state.hour * 3_600)
+        self._states: dict[str, list[KeyState]] = {}
+        """A tenant's, which share its budget."""
         self._guards: dict[str, History] = {}
         """Of a tenant's guard over all models, to which a sparse key is shrunk."""
         self._announced: dict[str, list[Announced]] = {}
@@ -116,13 +121,26 @@ class BlockRateTwo(StageTwo):
         name = f"{tenant}\n{key}"
         state = self._keys.get(name)
         if state is None:
-            if len(self._keys) >= self._config.keys_max:
+            if len(self._keys) >= self._config.keys_max and not self._made_room(second):
                 self._refused_keys += 1
                 return None
             charts = [Chart(stream, ratio) for stream in STREAMS for ratio in self._config.ratios]
             state = self._keys[name] = KeyState(second, charts, History.new(), History.new())
-            self._keys_of[tenant] = self._keys_of.get(tenant, 0) + 1
+            self._states.setdefault(tenant, []).append(state)
         return state
+
+    def _made_room(self, second: int) -> bool:
+        if not self._room.made(self._keys, second):
+            return False
+        self._share()
+        guards = {_guard_of(*name.split("\n", 1)) for name in self._keys}
+        self._guards = {name: known for name, known in self._guards.items() if name in guards}
+        return True
+
+    def _share(self) -> None:
+        self._states = {}
+        for name, state in self._keys.items():
+            self._states.setdefault(name.partition("\n")[0], []).append(state)
 
     def _step(self, state: KeyState, second: int, tenant: str, key: str, cell: Cell) -> Alarm | None:
         counts = cell.counts
@@ -169,7 +187,8 @@ class BlockRateTwo(StageTwo):
     def _turn(self, state: KeyState, second: int, tenant: str) -> None:
         """Once an hour, at first whenever requests double: usual rates, and thresholds from the charts' past."""
         state.hour, state.rates = second // 3_600, {}
-        per_week = share_of(self._config.budget_per_week, self._keys_of[tenant], len(state.charts))
+        sharing = sum(state.hour - each.hour < SHARING_H for each in self._states[tenant])
+        per_week = share_of(self._config.budget_per_week, sharing, len(state.charts))
         a_week = state.requests / max(second - state.first_s + 1, 60) * WEEK_S
         cold = cold_threshold(self._config.prior_rate, a_week, per_week)
         for chart in state.charts:
@@ -177,7 +196,7 @@ class BlockRateTwo(StageTwo):
             chart.threshold = threshold_of(chart.maxima, cold, per_week)
 
     def _guard(self, tenant: str, key: str) -> History:
-        name = f"{tenant}\n{key.partition(chr(10))[2]}"
+        name = _guard_of(tenant, key)
         if name not in self._guards:
             self._guards[name] = History.new()
         return self._guards[name]
@@ -241,11 +260,17 @@ class BlockRateTwo(StageTwo):
         return alarm_of(spike, state.recent, announced, self._config.change_s)
 
     def snapshot(self) -> bytes:
-        return _encoder.encode((self._keys, self._keys_of, self._guards, self._announced, self._refused_keys))
+        keys_of = {tenant: len(states) for tenant, states in self._states.items()}
+        return _encoder.encode((self._keys, keys_of, self._guards, self._announced, self._refused_keys))
 
     def restore(self, raw: bytes) -> None:
         state = _keys_decoder.decode(raw)
-        self._keys, self._keys_of, self._guards, self._announced, self._refused_keys = state
+        self._keys, _, self._guards, self._announced, self._refused_keys = state
+        self._share()
+
+
+def _guard_of(tenant: str, key: str) -> str:
+    return f"{tenant}\n{key.partition(chr(10))[2]}"
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -30,6 +30,7 @@ from detectors.campaign_families import Families, Family, sketch_of, taken, toge
 from detectors.campaign_passed import NAME, CampaignOne
 from detectors.config import CampaignConfig, DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageTwo, contributors
+from detectors.entities import Room
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Statistic
 from detectors.rollup import Signal
 from detectors.time import SECOND_US
@@ -50,6 +51,7 @@ class CampaignTwo(StageTwo):
     def __init__(self, config: DetectConfig) -> None:
         self._config: CampaignConfig = config.campaign
         self._tenants: dict[str, Families] = {}
+        self._room = Room[str, Families](_seen_s)
         self._counters = {"refused_tenants": 0, "evicted_families": 0}
 
     @property
@@ -63,7 +65,7 @@ class CampaignTwo(StageTwo):
             return []
         known = self._tenants.get(signal.tenant)
         if known is None:
-            if len(self._tenants) >= self._config.tenants_max:
+            if len(self._tenants) >= self._config.tenants_max and not self._room.made(self._tenants, signal.second):
                 self._counters["refused_tenants"] += 1
                 return []
             known = self._tenants[signal.tenant] = Families([], signal.first_seen_us)
@@ -163,6 +165,10 @@ class CampaignTwo(StageTwo):
     def restore(self, raw: bytes) -> None:
         tenants, self._counters = _two_decoder.decode(raw)
         self._tenants = {tenant: Families(*known) for tenant, known in tenants.items()}
+
+
+def _seen_s(known: Families) -> int:
+    return max((family.last_us for family in known.families), default=known.since_us) // SECOND_US
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -1,14 +1,19 @@
-"""A bounded table of what is held against users, for the detectors.
+"""Bounded tables for the detectors: of what is held against users, and of models and tenants.
 
 Eviction: entries idle for too long; then, when full, the longest unseen, by the order of (timestamp, event_id), so that
 replays evict alike. Both are counted. Users without evidence are in `detectors.registry`.
+
+A model or tenant is known for good while it is in use: a full table refuses new ones, until one is gone. Each revision
+of a model's weights is a model, so without this a year of them would fill the table.
 """
 
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key", str, bytes)
 State = TypeVar("State")
+Name = TypeVar("Name", str, tuple[str, str])
 Dump = tuple[list[tuple[Key, int, State]], dict[str, int]]
 """An `EntityTable` as it goes into a snapshot: entries, counters."""
 
@@ -60,3 +65,27 @@ class EntityTable(Generic[Key, State]):
         """Goes on from a dump."""
         entries, self.counters = dumped
         self._entries = OrderedDict((key, (moment_us, state)) for key, moment_us, state in entries)
+
+
+GONE_S: Final = 28 * 86_400
+"""What was not seen for so long makes room."""
+
+
+class Room(Generic[Name, State]):
+    """Makes room in a full table of models or tenants. What it keeps only saves looking again: it needs no snapshot."""
+
+    def __init__(self, seen_s: Callable[[State], int]) -> None:
+        """`seen_s`: when one was last seen; that never falls."""
+        self._seen_s = seen_s
+        self._none_before_s = 0
+
+    def made(self, table: dict[Name, State], now_s: int) -> bool:
+        """Drops what was longest unseen, of equals the first by name; False where all are in use."""
+        if now_s < self._none_before_s:
+            return False
+        name = min(table, key=lambda each: (self._seen_s(table[each]), each))
+        self._none_before_s = self._seen_s(table[name]) + GONE_S
+        if now_s < self._none_before_s:
+            return False
+        del table[name]
+        return True

@@ -37,6 +37,7 @@ import numpy as np
 from detectors.chunk import Chunk, Groups, bits
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo
+from detectors.entities import Room
 from detectors.histogram import quantile, share_above, upper_tail
 from detectors.latency_told import WEEK_S, Judgement, KeyState, slow_alarm, step_of, unusual_alarm
 from detectors.rollup import Cell, Partial, Signal, earliest, first, merge_offsets
@@ -97,6 +98,7 @@ class LatencyTwo(StageTwo):
         self._users_max = config.contributors_max
         self._step_s = step_of(self._config)
         self._keys: dict[tuple[str, str], KeyState] = {}
+        self._room = Room[tuple[str, str], KeyState](self._seen_s)
         self._refused_keys = 0
         self._open: int | None = None
         """The step that seconds go into now; the same for all keys."""
@@ -113,12 +115,15 @@ class LatencyTwo(StageTwo):
             model, _, stratum = key.partition("\n")
             state = self._keys.get((tenant, model))
             if state is None:
-                if len(self._keys) >= self._config.keys_max:
+                if len(self._keys) >= self._config.keys_max and not self._room.made(self._keys, second):
                     self._refused_keys += 1
                     continue
                 state = self._keys[tenant, model] = KeyState(first_s=second)
             self._add(state, stratum, cell)
         return []
+
+    def _seen_s(self, state: KeyState) -> int:
+        return state.steps[-1].index * self._step_s if state.steps else state.first_s
 
     def _add(self, state: KeyState, stratum: str, cell: Cell) -> None:
         if self._open is None:
@@ -287,7 +292,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="5",
+        version="6",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[

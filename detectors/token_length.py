@@ -34,13 +34,23 @@ from detectors.chunk import Chunk, Groups, bits
 from detectors.columns import Ints
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor
-from detectors.entities import Dump, EntityTable
+from detectors.entities import Dump, EntityTable, Room
 from detectors.exceedances import Exceedances
 from detectors.histogram import Histogram, at_least, bucket_of, halve, lower_edge, total
 from detectors.registry import Registry, Rows
 from detectors.rollup import Cell, Extreme, Partial, Signal, add_all, earliest, merge_offsets
 from detectors.time import SECOND_US
-from detectors.token_length_told import ADOPT_S, EXPONENT, RUN_EDGE, Batch, Evidence, ModelState, Tail, alarm_of
+from detectors.token_length_told import (
+    ADOPT_S,
+    EXPONENT,
+    PEERS_S,
+    RUN_EDGE,
+    Batch,
+    Evidence,
+    ModelState,
+    Tail,
+    alarm_of,
+)
 
 NAME: Final = "token_length"
 RARE: Final = 1e-3
@@ -146,6 +156,7 @@ class TokenLengthTwo(StageTwo):
     def __init__(self, config: DetectConfig) -> None:
         self._config = config.token_length
         self._models: dict[str, ModelState] = {}
+        self._room = Room[str, ModelState](lambda model: max(model.first_s, model.peers.slot * PEERS_S))
         self._users: EntityTable[str, Evidence] = EntityTable(
             self._config.users_max, 16 * self._config.half_life_s * SECOND_US
         )
@@ -184,7 +195,7 @@ class TokenLengthTwo(StageTwo):
     def _model(self, key: str, second: int) -> ModelState | None:
         model = self._models.get(key)
         if model is None:
-            if len(self._models) >= self._config.keys_max:
+            if len(self._models) >= self._config.keys_max and not self._room.made(self._models, second):
                 self._refused_keys += 1
                 return None
             runs = Exceedances(second, RUN_MEAN_MILLI, RUN_PEAKS_A_WEEK, RUN_PRIOR_WEEKS)

@@ -34,7 +34,7 @@ from detectors.chunk import Chunk, Groups, Place
 from detectors.columns import Ints
 from detectors.config import DetectConfig
 from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor
-from detectors.entities import Dump, EntityTable
+from detectors.entities import Dump, EntityTable, Room
 from detectors.registry import Registry, Rows
 from detectors.rollup import Cell, Extreme, Partial, Signal, earliest, largest, merge_offsets
 from detectors.time import SECOND_US
@@ -193,6 +193,9 @@ class VolumeTwo(StageTwo):
     def __init__(self, config: DetectConfig) -> None:
         self._config = config.volume
         self._tenants: dict[str, TenantVolume] = {}
+        self._room = Room[str, TenantVolume](
+            lambda tenant: max(tenant.peaks.first_s, tenant.window * config.volume.window_s)
+        )
         self._registry = Registry(self._config.keys_max)
         self._book = Book(self._registry, NAME, self._config)
         self._episodes: EntityTable[str, Episode] = EntityTable(self._config.users_max, ADOPT_S * SECOND_US)
@@ -232,7 +235,7 @@ class VolumeTwo(StageTwo):
     def _tenant(self, name: str, second: int) -> TenantVolume | None:
         tenant = self._tenants.get(name)
         if tenant is None:
-            if len(self._tenants) >= self._config.tenants_max:
+            if len(self._tenants) >= self._config.tenants_max and not self._room.made(self._tenants, second):
                 self._refused_tenants += 1
                 return None
             tenant = self._tenants[name] = TenantVolume.new(second)
@@ -300,7 +303,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, TenantVolume], bytes, Dump[st
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="1",
+        version="2",
         atlas=["AML.T0029", "AML.T0034"],
         owasp=["LLM10"],
         runbook=[

@@ -6,8 +6,10 @@ import random
 import pytest
 
 from collector.event import Change, encode, from_timestamp_us
+from detectors.block_rate import BlockRateTwo
 from detectors.block_rate_charts import (
     SLOTS_A_WEEK,
+    WEEK_S,
     Chart,
     Counts,
     History,
@@ -17,7 +19,7 @@ from detectors.block_rate_charts import (
 )
 from detectors.engine import PartitionEngine, TenantEngine
 from detectors.finding import Finding
-from detectors.rollup import Signal
+from detectors.rollup import Cell, Signal
 from tests.detectors.test_demo import CONFIG
 from tests.sim.layout import Layout, Logged, lay_out
 from tests.sim.traffic import START_US, Traffic
@@ -45,6 +47,19 @@ def test_without_a_week_of_maxima_the_cold_threshold_holds() -> None:
 def test_the_budget_is_a_tenants_and_split_over_his_keys() -> None:
     """Ten keys have a tenth each."""
     assert share_of(0.5, 10, 6) == pytest.approx(share_of(0.5, 1, 6) / 10)
+
+
+def test_revisions_of_a_model_that_are_gone_have_no_share_of_the_budget() -> None:
+    """Fifty-two of them, one after the other: the last one is watched as closely as the first."""
+    thresholds = []
+    for revisions in (1, 52):
+        two = BlockRateTwo(CONFIG)
+        for week in range(52 - revisions, 52):
+            cell = Cell()
+            cell.counts = {"requests": 100, "fresh_trials": 100, "distinct_trials": 100}
+            two.second(START_US // 1_000_000 + week * 3 * WEEK_S, [("acme", f"m@{week}\nguard", cell)])
+        thresholds.append({chart.threshold for chart in two._keys["acme\nm@51\nguard"].charts})
+    assert thresholds[0] == thresholds[1]
 
 
 def test_slots_without_traffic_count_as_quiet() -> None:

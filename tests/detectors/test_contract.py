@@ -285,6 +285,24 @@ def test_memory_stays_bounded_under_a_flood_of_made_up_names(detector: Detector)
     assert dropped.total() > 0
 
 
+@pytest.mark.parametrize("name", ["block_rate", "campaign", "latency", "token_length", "volume"])
+def test_what_is_gone_for_a_month_makes_room_for_what_is_new(name: str) -> None:
+    """A table with room for one tenant's one model and its two guards: the next is refused a day later, but not a
+    month later."""
+    detector = next(detector for detector in STAGED if detector.card.name == name)
+    limit = {"block_rate": {"keys_max": 2}, "latency": {"keys_max": 1}, "token_length": {"keys_max": 1}}
+    halves = Halves(detector, config=DetectConfig.model_validate({name: limit.get(name, {"tenants_max": 1})}))
+    known = []
+    for day in (0, 1, 30):
+        traffic = Traffic(18, block_rate=0.5)
+        traffic.calm(86_400 * day, 20)
+        model, tenant = f"model-of-{day}", f"tenant-of-{day}"
+        events = [msgspec.structs.replace(event, model_version=model, tenant=tenant) for event in traffic.events]
+        alarms_of(halves, events)
+        known.append([f"-of-{number}".encode() in halves.two.snapshot() for number in (0, 1, 30)])
+    assert known == [[True, False, False], [True, False, False], [False, False, True]]
+
+
 @pytest.mark.parametrize("name", sorted(cards()))
 def test_every_detector_explains_itself(name: str) -> None:
     """A version, three things to check, ids of the right shape."""
