@@ -4,9 +4,10 @@ the engine counted and nobody audited, and guards that fail on known texts.
 Not a statistic: each is a fact, so there is no cold start and no threshold. One finding per lane and problem (T7). A
 lane is (collector, boot, partition), so these findings follow the partitions, as the lanes do.
 
-Memory: one entry per lane and problem and closing, at most `LANES_TOLD_MAX`; beyond that the rest is told under one
-entry "(other lanes)", so a flood of made-up collector names can't grow it. The last counts of unaudited inference and
-of failed canaries of as many boots; one that was forgotten is told anew from 0.
+Memory: of each problem at most `LANES_TOLD_MAX` lanes an hour and partition; beyond that the rest is told under one
+name, "(other lanes)", so a flood of made-up collector names can't grow it, nor make more findings, nor take the names of
+another problem's lanes. The last counts of unaudited inference and of failed canaries of as many boots; one that was
+forgotten is told anew from 0.
 """
 
 from typing import Final
@@ -24,6 +25,8 @@ from detectors.time import SECOND_US, Problem, Trouble
 NAME: Final = "coverage"
 LANES_TOLD_MAX: Final = 256
 OTHER_LANES: Final = "(other lanes)"
+NAMED_S: Final = 3_600
+"""How long a lane that was told of keeps its place among those that are told by name."""
 
 SEVERITIES: Final[dict[str, Severity]] = {
     "hole": "high",
@@ -50,6 +53,7 @@ class _State(Struct, array_like=True):
     told: dict[str, Told]
     counters: dict[str, int]
     unaudited: dict[str, int] = {}
+    named: dict[str, dict[str, int]] = {}
 
 
 class CoverageOne:
@@ -61,6 +65,8 @@ class CoverageOne:
         self._told: dict[str, Told] = {}
         self._unaudited: dict[str, int] = {}
         """The last counts of each boot."""
+        self._named: dict[str, dict[str, int]] = {}
+        """Problem to the lanes told by name, and the second in which each was told last."""
         self.counters: dict[str, int] = {"lost_records": 0, "unnamed_lanes": 0}
 
     def counts(self, beat: Heartbeat) -> bool:
@@ -87,7 +93,10 @@ class CoverageOne:
     def trouble(self, trouble: Trouble) -> None:
         """One hole, late or quarantined record, or growth of unaudited inference."""
         key = f"{trouble.collector_id}/{trouble.boot}/{self._partition}#{trouble.problem}"
-        if key not in self._told and len(self._told) >= LANES_TOLD_MAX:
+        named = self._named.setdefault(trouble.problem, {})
+        if key in named or len(named) < LANES_TOLD_MAX:
+            named.setdefault(key, 0)
+        else:
             self.counters["unnamed_lanes"] += 1
             key = f"{OTHER_LANES}/{self._partition}#{trouble.problem}"
         told = self._told.get(key)
@@ -123,15 +132,19 @@ class CoverageOne:
             )
             for key, told in sorted(self._told.items())
         ]
-        self._told = {}
+        self._told, just = {}, self._told
+        for problem, named in self._named.items():
+            seen = {key: second if key in just else told_s for key, told_s in named.items()}
+            self._named[problem] = {key: told_s for key, told_s in seen.items() if second - told_s < NAMED_S}
         return signals
 
     def snapshot(self) -> bytes:
-        return _encoder.encode(_State(self._told, self.counters, self._unaudited))
+        return _encoder.encode(_State(self._told, self.counters, self._unaudited, self._named))
 
     def restore(self, raw: bytes) -> None:
         state = _decoder.decode(raw)
         self._told, self.counters, self._unaudited = state.told, state.counters, state.unaudited
+        self._named = state.named
 
 
 class CoverageTwo(StageTwo):
@@ -183,7 +196,7 @@ _decoder = msgspec.msgpack.Decoder(_State)
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="3",
+        version="4",
         atlas=[],
         owasp=[],
         runbook=[

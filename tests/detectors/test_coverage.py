@@ -8,6 +8,7 @@ import pytest
 
 from collector.event import AuditEvent, Heartbeat, encode
 from detectors import finding, rollup
+from detectors.coverage import LANES_TOLD_MAX
 from detectors.engine import PartitionEngine
 from detectors.finding import Finding
 from tests.detectors.test_demo import CONFIG
@@ -65,6 +66,27 @@ def test_a_guard_that_fails_on_known_texts_is_a_finding() -> None:
         ("high", "The engine behind lane c0/b0/0 finished 1 request that nobody audited"),
         ("high", "A guard of lane c0/b0/0 failed on 3 texts whose answer is known"),
     }
+
+
+def test_made_up_collectors_make_no_flood_of_findings_and_hide_no_hole() -> None:
+    """Twenty new names a second for two minutes, all quarantined: as many findings as may be named and one more; the
+    expected collector's hole is told by its name."""
+    config = CONFIG.model_copy(update={"time": CONFIG.time.model_copy(update={"collectors": ("c0",)})})
+    traffic = Traffic(5)
+    traffic.calm(0, 120)
+    (log,) = lay_out(traffic.events, Layout(partitions=1, heartbeat_ms=1_000))
+    kept = [logged for logged in log if logged.record.seq not in (700, 701)]
+    flooded: list[Logged] = []
+    for logged in kept:
+        strangers = 20 if isinstance(logged.record, Heartbeat) else 0
+        for number in range(strangers):
+            stranger = msgspec.structs.replace(logged.record, collector_id=f"x{len(flooded)}-{number}")
+            flooded.append(Logged(stranger, logged.append_ms, len(flooded)))
+        flooded.append(Logged(logged.record, logged.append_ms, len(flooded)))
+    found = run([flooded], config).findings
+    assert len({each.uid for each in found}) == LANES_TOLD_MAX + 2
+    assert "(other lanes)/0#quarantined" in {each.entity.id for each in found}
+    assert "2 records missing from lane c0/b0/0: the audit has a gap" in {each.summary for each in found}
 
 
 def test_an_engine_that_is_audited_whole_is_no_finding() -> None:
