@@ -5,7 +5,7 @@ Not a statistic: each is a fact, so there is no cold start and no threshold. One
 lane is (collector, boot, partition), so these findings follow the partitions, as the lanes do.
 
 Memory: of each problem at most `LANES_TOLD_MAX` lanes an hour and partition; beyond that the rest is told under one
-name, "(other lanes)", so a flood of made-up collector names can't grow it, nor make more findings, nor take the names of
+name, "(other lanes)", so a flood of made-up collector names can't grow it, nor make more findings, nor take names from
 another problem's lanes. The last counts of unaudited inference and of failed canaries of as many boots; one that was
 forgotten is told anew from 0.
 """
