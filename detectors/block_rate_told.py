@@ -18,7 +18,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from detectors.block_rate_charts import Chart
+from detectors.block_rate_charts import SLOTS_A_WEEK, Chart
 from detectors.detector import Alarm, contributors
 from detectors.finding import CONTRIBUTORS_MAX, Entity, Severity, Statistic
 from detectors.rollup import Cell, Sample, earliest, first, merge_offsets
@@ -32,6 +32,8 @@ NAMED_NATS: Final = 1.5
 """What naming a user costs: among those with blocks there is always one who looks like an attacker."""
 FEW_NATS: Final = 3.0
 BLOCKS_HIGH: Final = 20
+COLD_RATE: Final = "Fewer than 1,000 settled requests: compared with an assumed block rate."
+COLD_CHART: Final = "Less than a week of this guard and model: the threshold is not from its own past yet."
 
 
 class Blocks(Struct):
@@ -181,6 +183,7 @@ def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], cha
         merge_offsets(offsets, seen.offsets)
     samples = earliest(sample for seen in recent for sample in seen.samples)
     severity: Severity = "high" if not few and blocks >= BLOCKS_HIGH else "medium"
+    cold_start = " ".join([COLD_RATE] * spike.cold + [COLD_CHART] * (len(chart.maxima) < SLOTS_A_WEEK))
     usually = f"{'assumed' if spike.cold else 'usual'} {100 * spike.rate:.1f} %"
     return Alarm(
         tenant=spike.tenant,
@@ -190,7 +193,7 @@ def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], cha
         first_seen_us=samples[0][0],
         last_seen_us=(second + 1) * SECOND_US,
         severity=severity,
-        confidence="medium" if spike.cold else "high",
+        confidence="medium" if cold_start else "high",
         statistic=Statistic(
             name=f"CUSUM of {chart.stream} blocks, {chart.ratio:g} times",
             observed=round(chart.sum, 3),
@@ -213,5 +216,5 @@ def alarm_of(spike: Spike, recent: list[Blocks], announced: list[Announced], cha
         offsets=offsets,
         samples=samples,
         contributors=contributors(blocked, "blocked requests", CONTRIBUTORS_MAX),
-        cold_start="Fewer than 1,000 settled requests: compared with an assumed block rate." if spike.cold else "",
+        cold_start=cold_start,
     )

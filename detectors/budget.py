@@ -25,6 +25,10 @@ NATS_MIN: Final = 2.3
 """probing: the loosest that was measured, for fifty times the default (0.5 %). A larger budget asks no less."""
 
 
+LEAST: Final = 1e-6
+"""Of false alarms a week: a smaller budget asks for no fewer."""
+
+
 class Part(Struct, frozen=True):
     """One detector's part of the budget."""
 
@@ -42,7 +46,7 @@ PARTS: Final = (
         "block_rate",
         0.2,
         "budget_per_week",
-        lambda default, times: round(default * times, 6),
+        lambda default, times: max(round(default * times, 6), LEAST),
         "a tenant's keys share it; thresholds are peaks over threshold on each chart's own past, in the first week"
         " ln(assumed rate x requests a week) + 1",
     ),
@@ -57,7 +61,7 @@ PARTS: Final = (
         "latency",
         0.2,
         "budget_per_week",
-        lambda default, times: round(default * times, 6),
+        lambda default, times: max(round(default * times, 6), LEAST),
         "one model; with more, each has this many",
     ),
     Part(
@@ -72,14 +76,14 @@ PARTS: Final = (
         "token_length",
         0.2,
         "budget_per_week",
-        lambda default, times: round(default * times, 6),
+        lambda default, times: max(round(default * times, 6), LEAST),
         "a completion is rare at 1 in 1,000, and rare ones of a user come apart",
     ),
     Part(
         "volume",
         0.2,
         "budget_per_week",
-        lambda default, times: round(default * times, 6),
+        lambda default, times: max(round(default * times, 6), LEAST),
         "how far clients exceed their own past falls off exponentially in its logarithm; in the first weeks assumed",
     ),
 )

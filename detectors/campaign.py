@@ -40,7 +40,10 @@ JOINED: Final = 0.42
 DAY_US: Final = 86_400 * SECOND_US
 NEW_US: Final = 3 * DAY_US
 """A tenant is new for so long: twice as many users are asked for."""
-PAST_HALF_LIFE_US: Final = 7 * DAY_US
+WEEK_US: Final = 7 * DAY_US
+PAST_HALF_LIFE_US: Final = WEEK_US
+COLD_TENANT: Final = "The tenant's first three days: twice as many users are asked for."
+COLD_PAST: Final = "The tenant's first week: how many users a day a family of prompts usually has is hardly known."
 SPREAD: Final = 6.0
 """Standard deviations (Poisson) above a family's usual number of users a day."""
 
@@ -112,7 +115,10 @@ class CampaignTwo(StageTwo):
             return []
         family.told = users if anew else family.told
         family.raised_s = signal.second
-        return [self._alarm(family, signal, wanted, usual, new=new)]
+        young = signal.last_seen_us - since_us < WEEK_US
+        return [
+            self._alarm(family, signal, wanted, usual, cold_start=COLD_TENANT if new else COLD_PAST if young else "")
+        ]
 
     def _usual(self, family: Family, now_us: int, since_us: int) -> float:
         """Users of before the last day go into the family's past; returns how many a day are usual."""
@@ -126,7 +132,7 @@ class CampaignTwo(StageTwo):
         faded_days = (1 - 0.5 ** (max(learned, DAY_US) / PAST_HALF_LIFE_US)) * PAST_HALF_LIFE_US / math.log(2) / DAY_US
         return float(family.past / faded_days)
 
-    def _alarm(self, family: Family, signal: Signal, wanted: float, usual: float, *, new: bool) -> Alarm:
+    def _alarm(self, family: Family, signal: Signal, wanted: float, usual: float, *, cold_start: str) -> Alarm:
         users = len(family.users)
         at_us = (signal.second + 1) * SECOND_US
         span_s = (at_us - family.first_us) // SECOND_US
@@ -139,7 +145,7 @@ class CampaignTwo(StageTwo):
             first_seen_us=family.first_us,
             last_seen_us=at_us,
             severity="high" if users >= 2 * wanted else "medium",
-            confidence="medium" if new else "high",
+            confidence="medium" if cold_start else "high",
             statistic=Statistic(
                 name="users blocked with one family of prompts",
                 observed=float(users),
@@ -154,7 +160,7 @@ class CampaignTwo(StageTwo):
             ),
             offsets=dict(family.offsets),
             samples=family.samples,
-            cold_start="The tenant's first three days: twice as many users are asked for." if new else "",
+            cold_start=cold_start,
             contributors=contributors(dict.fromkeys(family.users, 1), "users", CONTRIBUTORS_MAX),
         )
 

@@ -58,7 +58,8 @@ class Watch(Struct):
     window: int
     sessions: dict[str, int] = {}
     told: str = ""
-    """Who was told, the user or a session of his: stays for a day, so that one flood is one finding."""
+    """Who was told, the user or a session of his: stays for a day, so that one flood is one finding, unless the rest of
+    it comes by other sessions."""
     told_s: int = 0
 
 
@@ -121,10 +122,14 @@ class VolumeOne(StageOne):
                 session = ""
             watch.sessions[session] = watch.sessions.get(session, 0) + 1
             if row in crossing:
+                most = MOSTLY * sum(watch.sessions.values())
+                told = watch.told.partition("/")[2]
                 if not watch.told or second - watch.told_s > ADOPT_S:
                     watch.told = actor(event)
-                    if session and watch.sessions[session] >= MOSTLY * sum(watch.sessions.values()):
+                    if session and watch.sessions[session] >= most:
                         watch.told = f"{watch.told}/{session}"
+                elif told and watch.sessions.get(told, 0) < most:
+                    watch.told = actor(event)  # another flood of his, of which that session is not to blame
                 watch.told_s = second
                 whose[row] = watch.told
             self._watched.put(key, int(columns.moment_us[row]), watch)

@@ -9,7 +9,7 @@ import pytest
 from collector.event import AuditEvent
 from detectors.block_rate_asked import LATER, TIMES, Asked, Asking
 from detectors.block_rate_charts import Chart
-from detectors.block_rate_told import Announced, Blocks, Spike, asked_since, by_few, change_of, heard_later
+from detectors.block_rate_told import Announced, Blocks, Spike, alarm_of, asked_since, by_few, change_of, heard_later
 from detectors.chunk import Chunk
 from detectors.registry import Registry
 from tests.detectors.test_contract import seconds
@@ -87,6 +87,15 @@ def test_three_who_are_blocked_at_most_requests_are_few_and_a_small_crowd_is_not
         attack[place] = (f"u_attacker{number % 3}", number % 3 != number // 6)
     assert not by_few(*spike(crowd))
     assert by_few(*spike(attack))
+
+
+@pytest.mark.parametrize(("days", "cold", "said"), [(0, True, 2), (5, False, 1), (7, False, 0)])
+def test_a_spike_of_the_first_week_says_what_it_can_not_know(days: int, cold: bool, said: int) -> None:
+    """Before 1,000 requests that the rate is assumed, for a week that the threshold is: confidence is medium."""
+    told, recent = spike([("u_a", True), ("u_b", True)] * 6)
+    chart = msgspec.structs.replace(told.chart, maxima=[1.0] * (4 * days), threshold=8.0)
+    alarm = alarm_of(msgspec.structs.replace(told, chart=chart, cold=cold), recent, [], 3_600)
+    assert (alarm.cold_start.count(":"), alarm.confidence) == (said, "medium" if said else "high")
 
 
 @pytest.mark.parametrize("subject", ["guard", "model", "adapter", "template"])

@@ -31,6 +31,11 @@ def test_the_threshold_of_probing_follows_what_was_measured_and_goes_no_lower(ti
     assert config.probing.threshold == pytest.approx(nats, abs=0.05)
 
 
+def test_the_smallest_budget_that_can_be_written_is_one() -> None:
+    """It compiles to settings that are allowed, and is told as compiled."""
+    assert all(part.compiled for part in explain(DetectConfig(alert_budget="0.000001 per month per tenant")))
+
+
 def test_a_setting_of_the_operators_own_stays() -> None:
     """And is told apart."""
     config = DetectConfig.model_validate(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from detectors.campaign import CampaignTwo
+from detectors.campaign import COLD_PAST, COLD_TENANT, CampaignTwo
 from detectors.campaign_families import MEMBERS_MAX, commonest, sketch_of
 from detectors.finding import Entity, Finding
 from detectors.rollup import Signal
@@ -17,6 +17,27 @@ from tests.sim.traffic import Traffic, sketch
 def campaigns(traffic: Traffic, partitions: int = 4) -> list[Finding]:
     layout = Layout(partitions=partitions, heartbeat_ms=1_000)
     return [each for each in run(lay_out(traffic.events, layout), CONFIG).findings if each.detector == "campaign"]
+
+
+def blocked(second: int, user: str, family: str) -> Signal:
+    """A blocked prompt with this sketch."""
+    return Signal(
+        partition=0,
+        second=second,
+        tenant="acme",
+        kind="campaign",
+        key=f"{second}\n{second}\n{family}",
+        entity=Entity(kind="user", id=user),
+        model="m",
+        first_seen_us=second * 1_000_000,
+        last_seen_us=second * 1_000_000,
+        observed_milli=0,
+        baseline_milli=0,
+        counts={},
+        samples=[(second * 1_000_000, str(second))],
+        first_offset=second,
+        last_offset=second,
+    )
 
 
 def test_variants_of_one_prompt_by_thirty_users_are_one_finding() -> None:
@@ -44,26 +65,22 @@ def test_a_form_letter_that_was_always_blocked_is_no_campaign_until_many_more_se
         users = users_a_day if users_a_day < 60 or day == 11 else 20
         for number in range(users):
             second = 1_800_000_000 + day * 86_400 + number * (80_000 // users)
-            signal = Signal(
-                partition=0,
-                second=second,
-                tenant="acme",
-                kind="campaign",
-                key=f"{second}\n{second}\n{family}",
-                entity=Entity(kind="user", id=f"u_{day}_{number}"),
-                model="m",
-                first_seen_us=second * 1_000_000,
-                last_seen_us=second * 1_000_000,
-                observed_milli=0,
-                baseline_milli=0,
-                counts={},
-                samples=[(second * 1_000_000, str(second))],
-                first_offset=second,
-                last_offset=second,
-            )
-            days_told[day] = days_told.get(day, 0) + len(two.signal(signal))
+            days_told[day] = days_told.get(day, 0) + len(two.signal(blocked(second, f"u_{day}_{number}", family)))
     assert [day for day in range(8, 12) if days_told[day]] == ([11] if told_later else [])
     assert (days_told[0] > 0) == (users_a_day >= 20)
+
+
+def test_a_campaign_of_the_first_week_says_that_the_usual_is_hardly_known() -> None:
+    """On the second day, the fifth and the ninth, each of another family by twenty users."""
+    two = CampaignTwo(CONFIG)
+    two.signal(blocked(1_800_000_000, "u", sketch(set(range(60)))))
+    said = []
+    for day in (1, 4, 8):
+        family = sketch(set(range(1_000 * day, 1_000 * day + 60)))
+        seconds = range(1_800_000_000 + 86_400 * day, 1_800_000_020 + 86_400 * day)
+        alarms = [alarm for second in seconds for alarm in two.signal(blocked(second, f"u_{second}", family))]
+        said.append((alarms[0].cold_start, alarms[0].confidence))
+    assert said == [(COLD_TENANT, "medium"), (COLD_PAST, "medium"), ("", "high")]
 
 
 def test_many_users_with_prompts_of_their_own_are_no_campaign() -> None:

@@ -46,6 +46,21 @@ def test_one_session_is_told_itself_and_many_as_their_user(sessions: int, kind: 
     assert found[-1].counts["requests"] > 600
 
 
+def test_a_flood_by_another_session_is_not_told_of_the_session_before() -> None:
+    """One session's flood; in the next window ten times as much by another of the same user: that is the user's."""
+    traffic = Traffic(30, rate=1.0)
+    traffic.calm(0, 1_300)
+    traffic.flood(610, 100, requests=900)
+    begin = len(traffic.events)
+    traffic.flood(1_210, 200, requests=4_000)
+    for number, event in enumerate(traffic.events[begin:], begin):
+        traffic.events[number] = msgspec.structs.replace(event, session_id="s_950")
+    traffic.calm(1_300, 300)
+    opened = [each for each in told(traffic) if each.state == "open"]
+    assert [each.entity.kind for each in opened] == ["session", "user"]
+    assert "/" not in opened[1].entity.id
+
+
 @pytest.mark.parametrize(("users", "kinds"), [(60, {"api_key"}), (1, {"session"})])
 def test_a_key_that_many_users_share_is_told_and_one_users_key_is_not(users: int, kinds: set[str]) -> None:
     """Sixty users of fifteen requests each, in four partitions: only their key shows it."""
