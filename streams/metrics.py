@@ -70,6 +70,20 @@ class Tally:
         return totals
 
 
+UNWATCHED: Final = ("entities.refused", "volume.refused", ".refused_keys", ".refused_tenants")
+FAILURES: Final = (".failed_chunks", "failed_judgements")
+
+
+def troubles(counted: Counts) -> dict[str, int]:
+    """Of an engine's counters: who was forgotten for want of room, who is not watched for want of it, and how often a
+    detector failed."""
+    return {
+        "evictions": sum(count for name, count in counted.items() if "evicted" in name.rpartition(".")[2]),
+        "unwatched": sum(count for name, count in counted.items() if name.endswith(UNWATCHED)),
+        "detector_failures": sum(count for name, count in counted.items() if name.endswith(FAILURES)),
+    }
+
+
 class Rate:
     """How much a counter grows in a second, over the last `WINDOW_S` to twice that."""
 

@@ -24,7 +24,7 @@ from streams.batch import Batch
 from streams.config import StreamsConfig
 from streams.deadletter import DeadLetters
 from streams.health import Health, Reading
-from streams.metrics import Histogram, Tally
+from streams.metrics import Histogram, Tally, troubles
 from streams.output import Outgoing, Output
 from streams.process import run_until_stopped
 from streams.shard import Bounds, PartitionRun, Refused, Shard
@@ -355,7 +355,7 @@ class StageWorker:
                 "dead_letters": self._letters.count,
                 "duplicates": counted["duplicate"],
                 "quarantined": counted["quarantined"],
-                "evictions": sum(count for name, count in counted.items() if "evicted" in name.rpartition(".")[2]),
+                **troubles(counted),
             },
             histograms={
                 "batch_records": self._sizes,

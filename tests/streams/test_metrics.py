@@ -11,15 +11,16 @@ import yaml
 
 from collector.event import Hello, encode
 from collector.kafka import KafkaConfig, ensure_topics
-from streams.metrics import Histogram, Rate, Tally
+from streams.metrics import Histogram, Rate, Tally, troubles
 from tests.streams import traffic
 from tests.streams.traffic import Collector
 from tests.streams.worker import ROOT, Worker, wait_until
 
 NAMES = (
     "lag_records", "watermark_delay_seconds", "records_total", "records_per_second", "batch_records",
-    "state_size_bytes", "evictions_total", "late_total", "quarantined_total", "duplicates_total",
-    "dead_letters_total", "rebalances_total", "commit_seconds", "state_write_seconds", "ready",
+    "state_size_bytes", "evictions_total", "unwatched_total", "detector_failures_total", "late_total",
+    "quarantined_total", "duplicates_total", "dead_letters_total", "rebalances_total", "commit_seconds",
+    "state_write_seconds", "ready",
 )  # fmt: skip
 
 
@@ -42,6 +43,20 @@ def test_a_rate_is_that_of_the_last_seconds() -> None:
     assert said[0] == 0
     assert set(said[1:20]) == {50.0}
     assert said[39] == 0
+
+
+def test_what_is_forgotten_not_watched_or_failed_is_told_apart() -> None:
+    """By the names that the engines count under; a refused command is none of these."""
+    stage1 = {
+        "entities.evicted": 1,
+        "probing.evicted_with_evidence": 2,
+        "entities.refused": 4,
+        "volume.failed_chunks": 8,
+    }
+    stage2 = {"block_rate.refused_keys": 16, "campaign.refused_tenants": 32, "volume.refused": 64}
+    stage2 |= {"failed_judgements": 128, "lifecycle.commands.refused": 256}
+    assert troubles(stage1) == {"evictions": 3, "unwatched": 4, "detector_failures": 8}
+    assert troubles(stage2) == {"evictions": 0, "unwatched": 112, "detector_failures": 128}
 
 
 def test_counters_of_a_process_never_go_back() -> None:
@@ -101,7 +116,7 @@ async def test_every_figure_is_scraped_from_a_real_worker(kafka_config: KafkaCon
     assert values["watermark_delay_seconds"] > 3600
     assert values["batch_records"] == _value(page, "records_total")
     assert 500 < values["state_size_bytes"] < 1_000_000
-    assert values["evictions_total"] == 0
+    assert values["evictions_total"] == values["unwatched_total"] == values["detector_failures_total"] == 0
     assert 0 <= values["rebalances_total"] < 10
     assert 0 < values["commit_seconds"] < 10
     assert 0 < values["state_write_seconds"] < 10
@@ -121,7 +136,11 @@ async def test_ingest_tells_the_same_of_the_store(kafka_config: KafkaConfig, tmp
         wait_until(lambda: deliver.metric("ready") == 1, "delivery is ready", 60, deliver)
         page = ingest.get("metrics")
         assert deliver.metric("dead_letters_total") == deliver.metric("lag_records") == 0
-    names = [name for name in NAMES if not name.startswith(("state_", "commit_", "rebalances", "evictions"))]
+    names = [
+        name
+        for name in NAMES
+        if not name.startswith(("state_", "commit_", "rebalances", "evictions", "unwatched", "detector_"))
+    ]
     values = {name: _value(page, name) for name in names}
     assert not [name for name, value in values.items() if math.isnan(value)], page
     assert [values[name] for name in ("records_total", "duplicates_total", "batch_records")] == [57, 3, 57]
