@@ -49,9 +49,9 @@ class Columns:
     """128 bits that stand for (tenant, actor)."""
     named: Flags
     """Whether there is an actor."""
-    ok: Flags
     delivered: Flags
-    """As `ok`, or broken off by the client: then what he had of it counts."""
+    """Answered, or broken off by the client: then what he had of it and how long it took counts, else whoever hangs up
+    before the last token would be seen by nobody, and a model so slow that clients give up by nobody either."""
     blocked: Flags
     """But for what was blocked only because a guard failed: that says nothing of who sent it."""
     judged: Flags
@@ -90,7 +90,6 @@ ARRAYS: Final = (
     "high",
     "low",
     "named",
-    "ok",
     "delivered",
     "blocked",
     "judged",
@@ -124,7 +123,6 @@ EVERYTHING: Final = frozenset(
         "latency_ms",
         "max_tokens",
         "ms_per_output_token",
-        "ok",
         "prompt_tokens",
         "queue_ms",
         "response_tokens",
@@ -176,7 +174,6 @@ def columns_of(
         high=high ^ salts[kind],
         low=low,
         named=named,
-        ok=numbers("ok", lambda: [event.status == "ok" for event in events], bool),
         delivered=numbers("delivered", lambda: [event.status in DELIVERED for event in events], bool),
         blocked=blocked,
         judged=judged,

@@ -61,14 +61,16 @@ PAST_S: Final = 86_400
 
 
 class LatencyOne(StageOne):
-    """Sorts answered calls into strata. Whose prompts they were is told once a model, under the empty stratum."""
+    """Sorts calls into strata, those too that the client broke off, by what he had of the answer.
+
+    Whose prompts they were is told once a model, under the empty stratum."""
 
     def __init__(self, config: DetectConfig) -> None:
         self._users_max = config.contributors_max
 
     def events(self, chunk: Chunk) -> list[Partial | Signal]:
         columns = chunk.columns
-        rows = np.flatnonzero(columns.ok)
+        rows = np.flatnonzero(columns.delivered)
         if not len(rows):
             return []
         step, kind = chunk.step[rows], columns.kind[rows]
@@ -292,7 +294,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="6",
+        version="7",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[
@@ -305,7 +307,7 @@ DETECTOR: Final = Detector(
         lookback_s=28 * 86_400,
     ),
     reads=frozenset(
-        {"ok", "prompt_tokens", "response_tokens", "latency_ms", "ttft_ms", "queue_ms", "ms_per_output_token"}
+        {"delivered", "prompt_tokens", "response_tokens", "latency_ms", "ttft_ms", "queue_ms", "ms_per_output_token"}
     ),
     enabled=lambda config: config.latency.enabled,
     stage_one=lambda config, _: LatencyOne(config),

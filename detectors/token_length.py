@@ -3,8 +3,8 @@
 Method. For each completion the chance p of one at least as long, given model, adapter, prompt size and max_tokens: the
 bucket's own counts, shrunk to the model's (and adapter's) whole distribution, whose upper tenth is continued by an
 exponential tail in ln(tokens) (a Pareto tail; peaks over threshold, J. Pickands, Annals of Statistics 3, 1975): counts
-alone can't go below one in the bucket's size. What the client broke off counts with what he had of it, else whoever
-hangs up before the last token would not be seen. Two charts a user (CUSUM, E. S. Page, Biometrika 41, 1954):
+alone can't go below one in the bucket's size. What the client broke off counts with what he had of it. Two charts a
+user (CUSUM, E. S. Page, Biometrika 41, 1954):
 - *rare*: a completion rarer than 1 in 1,000 adds -ln(1000 p), at most 5, so that one freak is never enough; each
   completion costs .01. For exponential gains at that rate and cost it reaches h with a chance of exp(-.9 h), so
   h = ln(completions a week / 1000 / false alarms a week) / .9. Finds who draws long answers among many others.

@@ -2,12 +2,15 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
 from detectors.config import DetectConfig
 from detectors.finding import Finding
 from tests.bench.detection_pipe import SECOND_US, Floats, calls_of, passed
+from tests.detectors.test_findings import findings_of
+from tests.sim.traffic import Traffic
 
 START_US = 1_800_000_000 * SECOND_US
 CONFIG = DetectConfig.model_validate(
@@ -43,6 +46,22 @@ def test_a_finding_says_what_it_looks_like(grown: tuple[float, float, float], he
     """Queue, reading and generation apart; one user with most of the prompt tokens is named as the cause of a queue."""
     found = told(*grown, heavy_users)
     assert found.summary.endswith(f"it looks like {cause}")
+
+
+def test_a_model_so_slow_that_clients_give_up_is_told() -> None:
+    """Ten times as slow for a minute; whoever has waited .4 s goes with what he has of the answer by then."""
+    traffic = Traffic(3)
+    for begin_s, span_s, slow in ((0, 120, 1.0), (120, 60, 10.0), (180, 30, 1.0)):
+        traffic.calm(begin_s, span_s, slow=slow)
+    for number, event in enumerate(traffic.events):
+        if event.latency_ms > 400:
+            had = int(event.response_tokens * 400 / event.latency_ms)
+            traffic.events[number] = msgspec.structs.replace(
+                event, status="aborted", latency_ms=400.0, response_tokens=had
+            )
+    found = [each for each in findings_of(traffic) if each.detector == "latency"]
+    assert [each.state for each in found[:1]] == ["open"]
+    assert found[0].statistic.observed > 2 * found[0].statistic.baseline
 
 
 def test_half_of_a_doubling_is_told_after_two_days_of_its_own_past() -> None:
