@@ -10,8 +10,9 @@ on its first day, if at all.
 
 A user's requests are all in one partition, which keeps his windows. API keys and addresses are spread over partitions:
 the heaviest of each second are added up in stage 2, exactly up to `contributors_max` a second and partition, and are
-told only where no user told in this window has two thirds of it. A session is told instead of its user where it has two
-thirds of what came since he passed his past. High only where the client has more than half of the tenant's volume.
+told only where no user of theirs told in this window has two thirds of it. A session is told instead of its user where
+it has two thirds of what came since he passed his past. High only where the client has more than half of the tenant's
+volume.
 
 Evenness of pace is not used: honest jobs send as evenly as floods (docs/detection.md has the share).
 
@@ -37,6 +38,7 @@ from detectors.detector import Alarm, Card, Detector, StageOne, StageTwo, actor
 from detectors.entities import Dump, EntityTable, Room
 from detectors.registry import Registry, Rows
 from detectors.rollup import Cell, Extreme, Partial, Signal, earliest, largest, merge_offsets
+from detectors.text import Text
 from detectors.time import SECOND_US
 from detectors.volume_book import ADOPT_S, MEASURES, Book, Crossing
 from detectors.volume_told import Episode, Judged, TenantVolume, alarm_of
@@ -152,7 +154,11 @@ class VolumeOne(StageOne):
         for (group, measure), extremes in sorted(found.items(), key=lambda item: item[0]):
             offsets = [int(chunk.columns.offset[row]) for _, row in extremes]
             place = where[1][group]._replace(first_offset=min(offsets), last_offset=max(offsets))
-            yield place.partial(MEASURES[measure], extremes=largest(extreme for extreme, _ in extremes))
+            by = {pair: volume for extreme, row in extremes for pair, volume in _carried(chunk.event(row), extreme)}
+            weights = {"by": dict(sorted(by.items()))} if by else None
+            yield place.partial(
+                MEASURES[measure], weights=weights, extremes=largest(extreme for extreme, _ in extremes)
+            )
 
     def _heaviest(
         self, kind: str, rows: Rows, coded: tuple[Ints, list[str]], tokens: Ints, where: tuple[Ints, list[Place]]
@@ -181,6 +187,14 @@ class VolumeOne(StageOne):
 
     def restore(self, raw: bytes) -> None:
         self._watched.load(_watch_decoder.decode(raw))
+
+
+def _carried(event: Text, extreme: Extreme) -> Iterable[tuple[str, int]]:
+    """Who crossed by which API key and address, and with how much: so a key is not told for what a user of it did."""
+    _, _, who, _, volume, _ = extreme
+    for carrier in (event.api_key, event.client_address):
+        if carrier and carrier != actor(event):
+            yield f"{who}\n{carrier}", volume
 
 
 def _counted(group: Ints, size: Ints, groups: int) -> list[dict[int, int]]:
@@ -281,7 +295,7 @@ class VolumeTwo(StageTwo):
         if excess < tenant.bar_milli(second, self._config) or (judged.kind in SPREAD and tenant.explained(judged)):
             return None
         if judged.kind not in SPREAD:
-            tenant.loud[judged.who] = max(tenant.loud.get(judged.who, (0, 0)), (judged.volume, judged.measure))
+            tenant.note(judged, cell.weights.get("by", {}))
         return alarm_of(name, tenant, second, judged, episode, self._config)
 
     def snapshot(self) -> bytes:
@@ -308,7 +322,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[dict[str, TenantVolume], bytes, Dump[st
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="2",
+        version="3",
         atlas=["AML.T0029", "AML.T0034"],
         owasp=["LLM10"],
         runbook=[

@@ -61,7 +61,8 @@ class TenantVolume(Struct):
     totals: list[int] = field(default_factory=lambda: [0, 0])
     """Requests and tokens of this window so far."""
     loud: dict[str, tuple[int, int]] = {}
-    """Users told in this window: volume and measure."""
+    """API keys and addresses of the users told in this window, by measure: the largest such user's volume, and the
+    measure."""
 
     @classmethod
     def new(cls, second: int) -> "TenantVolume":
@@ -122,11 +123,18 @@ class TenantVolume(Struct):
         least = round(1_000 * math.log(RATIO_TOLD / RATIO_MIN))
         return max(self.peaks.excess_bar_milli(second, config.budget_per_week), least)
 
+    def note(self, judged: Judged, by: dict[str, int]) -> None:
+        """A user is told: `by` has, of whoever crossed in this second, the API key and address, and the volume."""
+        for pair, volume in by.items():
+            who, _, carrier = pair.partition("\n")
+            if who == judged.who:
+                name = f"{carrier}\n{judged.measure}"
+                self.loud[name] = max(self.loud.get(name, (0, 0)), (volume, judged.measure))
+
     def explained(self, judged: Judged) -> bool:
-        """Whether a user told in this window has most of it."""
-        return any(
-            measure == judged.measure and volume >= MOSTLY * judged.volume for volume, measure in self.loud.values()
-        )
+        """Whether a user of it told in this window has most of it."""
+        volume, _ = self.loud.get(f"{judged.who}\n{judged.measure}", (0, 0))
+        return volume >= MOSTLY * judged.volume
 
 
 def alarm_of(  # noqa: PLR0917  # one of each thing that an alarm is made of

@@ -61,9 +61,12 @@ def test_a_flood_by_another_session_is_not_told_of_the_session_before() -> None:
     assert "/" not in opened[1].entity.id
 
 
-@pytest.mark.parametrize(("users", "kinds"), [(60, {"api_key"}), (1, {"session"})])
-def test_a_key_that_many_users_share_is_told_and_one_users_key_is_not(users: int, kinds: set[str]) -> None:
-    """Sixty users of fifteen requests each, in four partitions: only their key shows it."""
+@pytest.mark.parametrize(
+    ("users", "decoy", "kinds"), [(60, False, {"api_key"}), (60, True, {"api_key", "session"}), (1, False, {"session"})]
+)
+def test_a_key_that_many_users_share_is_told_and_one_users_key_is_not(users: int, decoy: bool, kinds: set[str]) -> None:
+    """Sixty users of fifteen requests each, in four partitions: only their key shows it, and a user with another key
+    who floods as much at the same time explains nothing of it."""
     traffic = Traffic(32)
     traffic.calm(0, 60)
     begin = len(traffic.events)
@@ -73,6 +76,9 @@ def test_a_key_that_many_users_share_is_told_and_one_users_key_is_not(users: int
     for number, event in enumerate(traffic.events):
         if not event.api_key:
             traffic.events[number] = msgspec.structs.replace(event, api_key=keys[number % 30])
+    begin = len(traffic.events)
+    traffic.flood(60, user=701, requests=900 * decoy)
+    traffic.events[begin:] = [msgspec.structs.replace(event, api_key=keys[3]) for event in traffic.events[begin:]]
     traffic.calm(72, 20)
     assert {each.entity.kind for each in told(traffic)} == kinds
 
