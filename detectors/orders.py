@@ -6,9 +6,9 @@ that is later. So with time running normally its effect does not depend on when 
 A suppression is bound to one tenant, detector and entity, and never hides another victim: where the entity stands for
 many (a model, a tenant), it holds only while everyone behind the alarm is named in it and was known when it was made.
 
-Memory: `active_max` commands of about 500 bytes; at the limit a new one is refused, since letting an old one go would
-tell people what they asked not to hear. Ids are kept as long as their command could come again: after that its
-signature is too old.
+Memory: `active_max` commands of about 500 bytes in force, and ten times as many that wait; at the limit a new one is
+refused, since letting an old one go would tell people what they asked not to hear. Ids are kept as long as their
+command could come again: after that its signature is too old.
 """
 
 from bisect import insort
@@ -25,8 +25,8 @@ from detectors.time import SECOND_US
 
 AGGREGATES: Final = ("model", "tenant")
 """Kinds of entity behind which there are others."""
-IDS_A_COMMAND: Final = 10
-"""Ids remembered for each command that may be in force."""
+KEPT_A_COMMAND: Final = 10
+"""Ids remembered, and commands that wait, for each that may be in force."""
 
 Key = tuple[str, str, str, str]
 """(tenant, detector, kind and id of the entity)."""
@@ -107,8 +107,8 @@ class Orders:
         if command.id in state.ids:
             raise BadCommand("a command with this id was taken before")
         self._forget(now_us)
-        full = self._active() >= self._config.active_max and not isinstance(command, Revoke)
-        if full or len(state.ids) >= IDS_A_COMMAND * self._config.active_max:
+        full = self._in_force(record.append_ms * 1000) >= self._config.active_max and not isinstance(command, Revoke)
+        if full or max(len(state.ids), len(state.waiting)) >= KEPT_A_COMMAND * self._config.active_max:
             raise BadCommand(
                 f"{self._config.active_max} commands are in force, the most allowed: revoke some, or let them end"
             )
@@ -186,12 +186,25 @@ class Orders:
         state = self._state
         return len(state.waiting) + len(state.suppressions) + len(state.windows) + len(state.changes)
 
+    def _in_force(self, now_us: int) -> int:
+        """How many hold or explain findings after `now_us`. Who reads old commands from the beginning, before any of
+        them has taken effect, must not take what ended long ago for more than may be in force."""
+        state = self._state
+        waiting = (each.command for each in state.waiting)
+        ends = [self._ends_us(each) for each in (*waiting, *state.suppressions, *state.windows, *state.changes)]
+        return sum(end_us > now_us for end_us in ends)
+
+    def _ends_us(self, command: AnyCommand) -> int:
+        if isinstance(command, Suppress | Maintenance):
+            return command.until_us
+        return command.from_us + self._config.change_s * SECOND_US if isinstance(command, Change) else 0
+
     def _forget(self, now_us: int) -> None:
         """Lets go of what has ended before `now_us`."""
-        state, change_us = self._state, self._config.change_s * SECOND_US
-        state.suppressions = [each for each in state.suppressions if each.until_us > now_us]
-        state.windows = [each for each in state.windows if each.until_us > now_us]
-        state.changes = [each for each in state.changes if each.from_us + change_us > now_us]
+        state = self._state
+        state.suppressions = [each for each in state.suppressions if self._ends_us(each) > now_us]
+        state.windows = [each for each in state.windows if self._ends_us(each) > now_us]
+        state.changes = [each for each in state.changes if self._ends_us(each) > now_us]
         self._index()
 
     def _index(self) -> None:

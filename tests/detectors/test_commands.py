@@ -134,6 +134,18 @@ def test_what_has_ended_makes_room() -> None:
     assert story.lifecycle.counters["commands.active"] == 1
 
 
+def test_who_reads_old_commands_from_the_beginning_takes_the_newest_too() -> None:
+    """As a backtest and a partition with new state do, before any second is judged: of five days, two a day and two of
+    them in force at most, none is refused."""
+    story = Story(commands=CommandsConfig(operators={"alice": PUBLIC}, delay_s=0, active_max=2))
+    for day in range(5):
+        at_s = day * 86_400
+        story.command(story.desk.suppress(at_s)).command(story.desk.ack(at_s + 1, "0" * 32))
+    story.alarms(alarm(4 * 86_400 + 10))
+    assert story.told() == [("u_1", "open", 4 * 86_400 + 10, False)]
+    assert story.lifecycle.counters["commands.taken"] == 10
+
+
 def test_a_late_command_takes_effect_at_the_next_second() -> None:
     """What was said before stands."""
     story = Story()
