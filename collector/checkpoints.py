@@ -2,14 +2,15 @@
 
 A checkpoint is made every so often, before the journal lets go of a segment, and at the end of a boot. Hashing and
 signing happen with the book's lock free; requests wait for the few µs that the copies take. What a crash leaves without
-a checkpoint is in the journal still, and recovery signs it.
+a checkpoint is in the journal still, and recovery signs it. Between a boot's last checkpoint and its goodbyes there is
+nothing, so that whoever adds a record there is seen.
 """
 
 import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -22,13 +23,13 @@ from collector.chain import (
     signed_bytes,
     split_leaves,
 )
-from collector.event import Change, Checkpoint, Ended, from_timestamp_us
+from collector.event import Change, Checkpoint, Ended, Goodbye, from_timestamp_us
 from collector.journal import folder_lock
 from collector.lanes import Book
 from collector.signing import Signer
 
-BEATS_MAX: Final = 240
-"""A lane of nothing but heartbeats is signed when there are so many."""
+LANE_US: Final = 60_000_000
+"""A lane is told a checkpoint this often though nothing but heartbeats came; a verifier takes one behind for cut."""
 ENDED_MAX: Final = 64
 _LEDGER: Final = "ended.json"
 
@@ -52,7 +53,7 @@ class Checkpoints:
     def __init__(self, book: Book, signer: Signer | None, *, number: int = 0, root: str = "") -> None:
         self.signer = signer
         self._book = book
-        self._at_us = 0
+        self._at_us = book.last_us
         self._one_at_a_time = threading.Lock()
         book.signed = (number, root)
 
@@ -64,25 +65,31 @@ class Checkpoints:
         """How the boot ended."""
         return Ended(boot=self._book.boot, root=self._book.signed[1], at_us=self._at_us)
 
-    def make(self, *, final: bool = False) -> bool:
-        """Sign all lanes and tell those with something new, where `final` all; False where nothing was new.
+    def make(self) -> bool:
+        """Sign all lanes and tell those with something new; False where nothing was new.
 
         Raises JournalFull where the disk is full: what a lane was not told is signed again by the next one.
         """
         with self._one_at_a_time:
-            if final:
-                with self._book.section:
-                    self._tell(*self._sign(self._stands(final=True), final=True))
-            else:
-                with self._book.section:
-                    stands = self._stands(final=False)
-                if not any(stand.due for stand in stands):
-                    return False
-                signed = self._sign(stands, final=False)
-                with self._book.section:
-                    self._tell(*signed)
+            with self._book.section:
+                stands = self._stands(final=False)
+            if not any(stand.due for stand in stands):
+                return False
+            signed = self._sign(stands, final=False)
+            with self._book.section:
+                self._tell(*signed)
         self._book.wake()
         return True
+
+    def end(self, reason: Literal["stopped", "recovered"] = "stopped") -> None:
+        """Sign all lanes for the last time and say goodbye on those that have not ended. Raises JournalFull: again."""
+        with self._one_at_a_time, self._book.section:
+            stands = self._stands(final=True)
+            self._tell(*self._sign(stands, final=True))
+            for stand in stands:
+                if stand.due:
+                    self._book.put(stand.partition, Goodbye, b"", {"reason": reason})
+        self._book.wake()
 
     def rotated(self, signer: Signer) -> None:
         """From now on this key signs; a change tells it, signed by the key before and this one. Raises JournalFull."""
@@ -103,7 +110,7 @@ class Checkpoints:
         return [
             _Stand(
                 partition,
-                (final or lane.fresh or len(lane.beat_seqs) >= BEATS_MAX) and not lane.ended,
+                (final or lane.fresh or self._book.last_us - lane.told_us >= LANE_US) and not lane.ended,
                 lane.first,
                 lane.next,
                 bytes(lane.leaves),
@@ -163,6 +170,7 @@ class Checkpoints:
             lane = self._book.lanes[stand.partition]
             lane.cover(stand.next)
             lane.fresh = len(lane.seqs) > 1
+            lane.told_us = at_us
         self._at_us = at_us
 
 

@@ -63,7 +63,7 @@ class EvidenceConfig(BaseModel):
     signing_key_file: Path | None = Field(
         None, description="Key that signs checkpoints, made by `inferwatch keys signing`; none: chained, not signed"
     )
-    checkpoint_ms: int = Field(10_000, ge=100, le=600_000, description="A checkpoint at least this often")
+    checkpoint_ms: int = Field(10_000, ge=100, le=60_000, description="A checkpoint at least this often")
     checkpoint_records: int = Field(
         4096, ge=16, le=16_384, description="A checkpoint when a lane has so many records without one"
     )

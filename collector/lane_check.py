@@ -6,7 +6,7 @@ its checkpoint, the checkpoint's hints name the first record that is not the one
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -21,58 +21,19 @@ from collector.chain import (
     root_from_path,
     split_hints,
 )
-from collector.event import Checkpoint, Integrity
+from collector.event import Checkpoint, Integrity, timestamp_us
+from collector.problem import UNREADABLE, Problem, Proof, Stamp, What, stamp_of
 
-What: TypeAlias = Literal["changed", "removed", "inserted", "reordered", "truncated", "forged", "replaced"]
 REPEATS_BYTES: Final = 4096 * HASH_BYTES
 """Hashes kept of what is checked already: a record that is sent again comes soon after."""
-HOLE_MAX: Final = 262_144
-"""Missing numbers of one hole that are remembered."""
+HOLES_MAX: Final = 262_144
+"""Missing numbers that are remembered until the next checkpoint."""
 PROBLEMS_MAX: Final = 100
 """Of one lane; what follows a first bad record says little."""
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is not as it was written."""
-
-    what: What
-    partition: int
-    lane: str
-    seq: int
-    """Of the first record concerned; for what is removed, the number it had or would have."""
-    place: int
-    """Where it is seen: an offset of Kafka's, or a line of a file, from 0."""
-    event_id: str
-    why: str
-
-
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """That a record was signed, for somebody who has nothing else: see docs/evidence.md for how to check it."""
-
-    partition: int
-    record: str
-    """As on the wire."""
-    index: int
-    path: list[str]
-    """From the record's hash to the checkpoint's `tree`."""
-    checkpoint: str
-    """As on the wire."""
-
-
-class Stamp(msgspec.Struct, frozen=True):
-    """What every record says of its lane."""
-
-    kind: str
-    event_id: str
-    collector_id: str
-    boot: str
-    seq: int
-    chain: str = ""
-
-
 Seen: TypeAlias = tuple[int, bytes]
 """Place and bytes of a record without a checkpoint yet, no heartbeat."""
-stamp_of: Final = msgspec.json.Decoder(Stamp)
 
 
 class LaneCheck:
@@ -85,6 +46,7 @@ class LaneCheck:
         self.partition, self.collector_id, self.boot = partition, stamp.collector_id, stamp.boot
         self.head = self.beat_head = b""
         self.next = self.first = stamp.seq
+        self.begun_us = timestamp_us(stamp.timestamp)
         self.whole = stamp.kind == "hello"
         """From its first record on."""
         self.leaves: list[bytes] = []
@@ -124,7 +86,8 @@ class LaneCheck:
         if self.ended:
             self._suspect("inserted", stamp, place, "it follows the lane's goodbye")
         elif stamp.seq > self.next and (self._with_beats or stamp.chain != link):
-            self._missing |= dict.fromkeys(range(self.next, min(stamp.seq, self.next + HOLE_MAX)), place)
+            room = HOLES_MAX - len(self._missing)
+            self._missing |= dict.fromkeys(range(self.next, min(stamp.seq, self.next + room)), place)
             self._suspect("removed", stamp, place, f"{stamp.seq - self.next} missing before it", seq=self.next)
         elif stamp.seq < self.next:
             self._behind(stamp, place, digest)
@@ -140,6 +103,8 @@ class LaneCheck:
         start = origin(self.collector_id, self.boot, self.partition)
         if not self.head and self.whole and (stamp.chain != start or stamp.seq != 0):
             self._suspect("forged", stamp, place, "this hello does not begin such a lane")
+        elif not self.head and not self.whole and self.first == 0:
+            self._suspect("forged", stamp, place, "a lane begins with a hello")
         beat = stamp.kind == "heartbeat"
         # Where the log begins within the lane, the first record of each chain can't be compared with anything.
         if not self.head and (self.whole or not beat):
@@ -177,7 +142,7 @@ class LaneCheck:
             self._suspect("changed", stamp, place, "it does not name the record before it")
 
     def _named(self, seen: Seen) -> dict[str, object]:
-        stamp = stamp_of.decode(seen[1])
+        stamp = stamp_of(seen[1])
         return {"seq": stamp.seq, "place": seen[0], "event_id": stamp.event_id}
 
     def _suspect(self, what: What, stamp: Stamp, place: int, why: str, seq: int | None = None) -> None:
@@ -199,17 +164,35 @@ class LaneCheck:
             Problem,
         )
 
-    def replaced(self, record: Integrity, place: int) -> bytes:
-        """A record whose place another took: told, and the chain goes on from the hash that it had."""
+    def replaced(self, record: Integrity, place: int) -> bytes | None:
+        """A record whose place another took: told, and the chain goes on from the hash that it had, where it is one."""
         why = "Kafka refused it for good, says the collector; an integrity record stands in its place"
         named = {"seq": record.seq, "place": place, "event_id": record.subject_id}
         self.problems.append(self._problem("replaced", why, **named))
-        return bytes.fromhex(record.subject_hash)
+        try:
+            return bytes.fromhex(record.subject_hash)
+        except ValueError:
+            return None
+
+    def goodbye(self) -> None:
+        """The lane's last record, seen just now: behind the boot's last checkpoint there is nothing else."""
+        self.ended, self.head = True, b""
+        if self.last is None or not self.last.final:
+            return
+        between = [(self._named(seen), "record") for seen in self.seen[1:-1]]
+        between += [({"seq": seq, "place": -1, "event_id": ""}, "heartbeat") for seq, _ in self.beats]
+        for named, kind in between[:PROBLEMS_MAX]:
+            why = f"this {kind} comes after the last checkpoint of its boot, where only goodbyes follow"
+            self.problems.append(self._problem("inserted", why, **named))
 
     def checkpoint(self, part: Checkpoint, raw: bytes, place: int) -> bool:
         """A checkpoint of the lane: True where it is whole, and it then decides on all before its `next`."""
-        top = root_from_path(part_hash(self.partition, part), part.lane, part.lanes, map(bytes.fromhex, part.path))
         named = {"seq": part.seq, "place": place, "event_id": part.event_id}
+        try:
+            split_hints(part.hints)
+            top = root_from_path(part_hash(self.partition, part), part.lane, part.lanes, map(bytes.fromhex, part.path))
+        except ValueError:
+            top = None
         if top is None or top.hex() != part.root:
             self.problems.append(self._problem("forged", "this checkpoint does not belong to what it signs", **named))
             return False
@@ -236,7 +219,7 @@ class LaneCheck:
     def _count_before(self, seq: int) -> int:
         """How many of the records seen are before this number; they are few behind it."""
         count = len(self.seen)
-        while count and stamp_of.decode(self.seen[count - 1][1]).seq >= seq:
+        while count and stamp_of(self.seen[count - 1][1]).seq >= seq:
             count -= 1
         return count
 
@@ -256,7 +239,8 @@ class LaneCheck:
             # The log begins within this part: its end must be the same.
             skipped = len(hints) - count
         problem = self._first_difference(hints[skipped:], observed, place)
-        if problem is None and (skipped or not started):
+        if problem is None and not started:
+            self.problems += suspected  # four bytes of a hash can be ground, a whole one can't
             return
         first = problem or self._unnamed(part, place)
         self.problems += [first, *(other for other in suspected if other.place > first.place)]
@@ -284,7 +268,7 @@ class LaneCheck:
 
     def _seq_after(self, index: int) -> int:
         """The number of the first that is missing behind the seen one at `index - 1`."""
-        after = stamp_of.decode(self.seen[index - 1][1]).seq + 1 if index else max(self.covered, self.first)
+        after = stamp_of(self.seen[index - 1][1]).seq + 1 if index else max(self.covered, self.first)
         return min((seq for seq in self._missing if seq >= after), default=after)
 
     def _unnamed(self, part: Checkpoint, place: int) -> Problem:
@@ -292,9 +276,12 @@ class LaneCheck:
         return self._problem("changed", why, seq=part.first, place=place, event_id="")
 
     def close(self) -> None:
-        """The log ends: what the chain alone suspects stands."""
+        """The log ends: what the chain alone suspects stands, and what looked like a record must be one."""
         self.problems += self._suspected
         self._suspected = []
+        odd = next((seen for seen in self.seen if stamp_of(seen[1]) is UNREADABLE), None)
+        if odd is not None:
+            self.problems.append(self._problem("inserted", "it is no record", seq=0, place=odd[0], event_id=""))
 
     def forged(self, record: Checkpoint, place: int, why: str) -> None:
         """A checkpoint that can't be believed, as seen by whoever knows the others."""
@@ -305,6 +292,14 @@ class LaneCheck:
         if not self.whole:
             return f"lane {self.name} begins at {self.first} here: what was before is not looked at"
         return ""
+
+    @property
+    def unsigned_us(self) -> int:
+        """How much time its records without a checkpoint span, from the last one on."""
+        if self.ended or not self.seen:
+            return 0
+        since_us = self.last.at_us if self.last is not None else self.begun_us
+        return timestamp_us(stamp_of(self.seen[-1][1]).timestamp) - since_us
 
     def cut(self, why: str) -> None:
         """The lane's end is missing."""

@@ -50,13 +50,15 @@ AnyRecordT = TypeVar("AnyRecordT", bound=events.Record)
 class Lane(LaneChain):
     """One lane of the book."""
 
-    __slots__ = ("beat_end", "ended", "moved_s")
+    __slots__ = ("beat_end", "ended", "moved_s", "told_us")
 
     def __init__(self, head: str) -> None:
         super().__init__(head)
         self.moved_s = 0.0
         self.beat_end = Position(0, 0)
         """Where the last heartbeat ends in the journal."""
+        self.told_us = 0
+        """What time its last checkpoint signed."""
         self.ended = False
 
 

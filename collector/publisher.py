@@ -19,7 +19,7 @@ import structlog
 
 from collector.checkpoints import remember
 from collector.config import EvidenceConfig, JournalConfig, PublisherConfig
-from collector.event import AuditEvent, Change, Goodbye, Rejection
+from collector.event import AuditEvent, Change, Rejection
 from collector.feeder import ClockApart, Feeder
 from collector.journal import JournalFull
 from collector.kafka import KafkaConfig, partition_for
@@ -136,9 +136,7 @@ class Publisher:
                 book.finish(ticket, AuditEvent, {"status": "aborted", "reason": "the collector stopped"})
             if self.counters.tally is not None:
                 self._feeder.beat(book, 0)
-            checkpoints.make(final=True)
-            for partition in range(self._feeder.partitions):
-                book.control(partition, Goodbye)
+            checkpoints.end()
         except JournalFull:
             log.warning("no room in the journal to say goodbye; the next start will")
         self._feeder.finish()

@@ -17,7 +17,7 @@ from collector import event as events
 from collector.chain import origin
 from collector.checkpoints import Checkpoints, remember
 from collector.config import JournalConfig
-from collector.event import AuditEvent, Goodbye, Integrity
+from collector.event import AuditEvent, Integrity
 from collector.journal import (
     ACK,
     BEGIN,
@@ -196,7 +196,5 @@ def close_estate(estate: Estate, book: Book, checkpoints: Checkpoints) -> int:
         log.error("a journal was damaged", boot=book.boot, bytes=estate.damaged_bytes)
         book.control(lanes[0], Integrity, problem="journal damaged", size_bytes=estate.damaged_bytes)
     if lanes:
-        checkpoints.make(final=True)
-    for partition in lanes:
-        book.control(partition, Goodbye, reason="recovered")
+        checkpoints.end("recovered")
     return len(estate.begun)

@@ -1,10 +1,13 @@
-"""Which signing keys are trusted: those pinned by whoever verifies, and those that a trusted one named after itself."""
+"""Which signing keys are trusted: those pinned by whoever verifies, and those that a trusted one named after itself.
+
+A revoked key names nobody: whoever stole it could name his own key and write any time beside it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
 from collector.chain import rotation_bytes, signed_bytes
-from collector.event import Change, Checkpoint, timestamp_us
+from collector.event import Change, Checkpoint
 from collector.signing import key_id_of, signed_by
 
 Worth: TypeAlias = Literal["signed", "unsigned", "unknown", "revoked", "forged"]
@@ -29,7 +32,7 @@ class TrustedKeys:
 
     def _learnt(self, change: Change) -> bool:
         old = self.known.get(change.before)
-        if old is None or self.revoked(change.before, timestamp_us(change.timestamp)):
+        if old is None or change.before in self._revoked:
             return False
         said = rotation_bytes(change.before, change.public_key)
         if not (signed_by(old, change.signed_before, said) and signed_by(change.public_key, change.signed_after, said)):

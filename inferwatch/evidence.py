@@ -60,15 +60,18 @@ def verification_of(config: Config, *, whole: bool, beats: bool = True, event: s
     return Verification(keys, whole=whole, beats=beats, wanted=event)
 
 
-def verify_files(config: Config, files: Sequence[Path], event: str = "") -> Report:
-    """Files of an export; whole only where no partition's file is missing. Raises ValueError for another name."""
+def verify_files(config: Config, files: Sequence[Path], event: str = "", *, beats: bool = True) -> Report:
+    """Files of an export, from the store without `beats`; whole only where no partition's file is missing.
+
+    Raises ValueError for another name.
+    """
     numbers: dict[int, Path] = {}
     for file in files:
         named = _FILE.search(file.name)
         if named is None or int(named[1]) in numbers:
             raise ValueError(f"{file}: name one file for each partition, NAME-PARTITION.jsonl")
         numbers[int(named[1])] = file
-    verification = verification_of(config, whole=set(numbers) == set(range(len(numbers))), event=event)
+    verification = verification_of(config, whole=set(numbers) == set(range(len(numbers))), beats=beats, event=event)
     for partition, file in sorted(numbers.items()):
         for first, raws in read_lines(file):
             verification.feed(partition, raws, range(first, first + len(raws)))

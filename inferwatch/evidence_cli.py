@@ -21,7 +21,7 @@ STATUS = {"sound": 0, "broken": 1, "unproven": 3}
 
 def verify(  # noqa: PLR0917  # the options of the command line
     files: Annotated[list[Path] | None, typer.Argument(help="Files of an exported log; none: read the source.")] = None,
-    source: Annotated[Source, typer.Option(help="Where the records are read: Kafka, or the store.")] = Source.kafka,
+    source: Annotated[Source, typer.Option(help="Where records are read, or files are from.")] = Source.kafka,
     begin: Annotated[datetime | None, typer.Option("--from", help="Only since, UTC.", formats=MOMENTS)] = None,
     end: Annotated[datetime | None, typer.Option("--to", help="Only until, UTC.", formats=MOMENTS)] = None,
     event: Annotated[str, typer.Option(help="Print the proof that this event was signed.")] = "",
@@ -42,7 +42,7 @@ def verify(  # noqa: PLR0917  # the options of the command line
         raise typer.BadParameter("--from and --to choose from Kafka or the store, not from files")
     asked = Range(begin=begin.replace(tzinfo=UTC) if begin else None, end=end.replace(tzinfo=UTC) if end else None)
     if files:
-        report = verify_files(settings, files, event)
+        report = verify_files(settings, files, event, beats=source is Source.kafka)
     elif source is Source.store:
         report = verify_store(settings, asked, event, export)
     else:

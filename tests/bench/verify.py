@@ -19,7 +19,7 @@ from typing import Any
 
 from collector.checkpoints import Checkpoints
 from collector.config import JournalConfig
-from collector.event import AuditEvent, Goodbye, Hello, decode
+from collector.event import AuditEvent, Hello, decode
 from collector.journal import RECORD, RECORD_HEAD, Journal, Reader
 from collector.lanes import Book
 from collector.publisher import system_clock_us
@@ -45,9 +45,7 @@ def write(folder: Path, events: int) -> dict[int, list[bytes]]:
         book.finish(book.begin(f"u_{turn % 97}", turn % LANES, KNOWN), AuditEvent, LEARNT)
         if turn % (4096 * LANES) == 0:
             checkpoints.make()
-    checkpoints.make(final=True)
-    for partition in range(LANES):
-        book.control(partition, Goodbye)
+    checkpoints.end()
     log: dict[int, list[bytes]] = {}
     for entry in Reader(journal.folder, lambda: journal.end).entries():
         if entry.body[0] == RECORD:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from collector.checkpoints import Checkpoints
-from collector.event import AuditEvent, Ended, Goodbye, Heartbeat, Hello
+from collector.event import AuditEvent, Ended, Heartbeat, Hello
 from collector.journal import RECORD, RECORD_HEAD, Journal, Reader
 from collector.lanes import Book
 from collector.signing import Signer
@@ -60,9 +60,7 @@ def write_boot(
         if randomness.random() < 0.06:
             checkpoints.make()
     if stop:
-        checkpoints.make(final=True)
-        for partition in range(PARTITIONS):
-            book.control(partition, Goodbye)
+        checkpoints.end()
     log = raws(journal)
     journal.close()
     return log, checkpoints

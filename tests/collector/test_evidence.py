@@ -240,9 +240,7 @@ def _boot_with_rotation(folder: Path, clock: Clock, randomness: random.Random, o
         if turn == 4:
             checkpoints.make()
             checkpoints.rotated(new)
-    checkpoints.make(final=True)
-    for partition in range(PARTITIONS):
-        book.control(partition, Goodbye)
+    checkpoints.end()
     log = raws(journal)
     journal.close()
     return log
@@ -309,9 +307,7 @@ def test_records_that_no_checkpoint_lists_are_held_by_the_chain(tmp_path: Path) 
             checkpoints.make()
     for lane in book.lanes.values():
         lane.cover(lane.next)
-    checkpoints.make(final=True)
-    for partition in range(PARTITIONS):
-        book.control(partition, Goodbye)
+    checkpoints.end()
     log = raws(journal)
     journal.close()
     assert verify(log).verdict == "sound"

@@ -57,6 +57,14 @@ def test_files_are_verified_and_the_first_bad_line_is_named(tmp_path: Path, conf
     assert run("verify", tmp_path / "no.toml", "--config", config).exit_code == 1
 
 
+def test_files_from_the_store_are_verified_as_such(tmp_path: Path, config: Path) -> None:
+    """It keeps no heartbeats; without being told so their absence is a fault."""
+    log = {p: [raw for raw in records if raw[9:12] != b"hea"] for p, records in write_log(tmp_path, 6).items()}
+    files = export(log, tmp_path / "log")
+    told = [run("verify", *files, *source, "--config", config) for source in ((), ("--source", "store"))]
+    assert [each.exit_code for each in told] == [1, 0]
+
+
 def test_the_documented_check_accepts_a_proof_and_no_other(tmp_path: Path, config: Path) -> None:
     """The program in docs/evidence.md, as it stands there, on what `--event` prints, for every kind of place."""
     program = re.search(r"```python\n(.*?)```", (ROOT / "docs/evidence.md").read_text(), re.DOTALL)
