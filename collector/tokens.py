@@ -150,11 +150,11 @@ def _end_s(claims: Mapping[str, Any], now_s: float, config: TokensConfig) -> flo
 
 
 def _moment_s(claims: Mapping[str, Any], name: str) -> float | None:
-    """A NumericDate. JSON as Python reads it knows NaN and Infinity: no token ends then."""
+    """A NumericDate. JSON as Python reads it knows NaN, Infinity and any number of digits: no token ends then."""
     value = claims.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or abs(value) > 1e12:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e12 or not isfinite(value):
         raise NotKnown("wrong_token")
     return float(value)
 

@@ -118,6 +118,7 @@ ATTACKS: dict[str, Any] = {
         json.dumps(claims(exp=float("nan"))).encode(), KEYS["rsa"], "RS256", headers={"kid": "rsa"}
     ),
     "end is true": lambda: token(exp=True),
+    "end has hundreds of digits": lambda: token(exp=10**400),
     "ends in a year": lambda: token(exp=int(time.time()) + 31_536_000),
     "not yet": lambda: token(nbf=int(time.time()) + 60),
     "issued in the future": lambda: token(iat=int(time.time()) + 60),
