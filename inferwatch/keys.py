@@ -14,14 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from collector.identity import KeyProblem, KeyRing, create_key_file, new_api_key, read_key_tables
+from collector.identity import KeyProblem, KeyRing, check_tenant, create_key_file, new_api_key, read_key_tables
 from collector.limits import Limit
 
 Value: TypeAlias = str | bool | int | datetime | dict[str, int]
 
 
 def create_tenant_key(key_dir: Path, tenant: str) -> Path:
-    """Makes the key that a tenant's hashes and pseudonyms are under. Raises KeyProblem where it exists."""
+    """Makes the key that a tenant's hashes and pseudonyms are under. Raises KeyProblem: it exists, or it is no name."""
+    check_tenant(tenant)
     file = key_dir / f"{tenant}.key"
     create_key_file(file)
     return file
@@ -46,7 +47,8 @@ def add_api_key(
         if not name.isprintable() or '"' in name or "\\" in name:
             raise KeyProblem("the name of a user or tenant has printable characters only, no quote and no backslash")
     secret, key_id, table = new_api_key(user=user, tenant=tenant, on_behalf=on_behalf)
-    limits = {} if limit is None else {name: n for name in limit.__struct_fields__ if (n := getattr(limit, name))}
+    bounds = {} if limit is None else {name: getattr(limit, name) for name in limit.__struct_fields__}
+    limits = {name: bound for name, bound in bounds.items() if bound is not None}
     more: dict[str, Value | None] = {"not_before": not_before, "expires": expires, "limits": limits or None}
     fields = {name: value for name, value in {**table, **more}.items() if value is not None}
     lines = [f"[{key_id}]", *(f"{name} = {_toml(value)}" for name, value in fields.items()), "", ""]
@@ -57,10 +59,13 @@ def add_api_key(
     return secret, key_id
 
 
-def successor(file: Path | None, key_id: str, expires_old: datetime, *, expires: datetime | None) -> tuple[str, str]:
+def successor(
+    file: Path | None, key_id: str, expires_old: datetime, *, expires: datetime | None
+) -> tuple[str, str, datetime]:
     """A second key for the owner of `key_id`, with the same rights and limits; the first ends at `expires_old`.
 
-    Returns (secret, key id). Until then both are good. Raises KeyProblem where there is no such key.
+    Returns (secret, key id, end of the first). Until then both are good; one that ends sooner anyhow still does, so no
+    key comes back to life. Raises KeyProblem where there is no such key.
     """
     path = configured(file)
     table = _table(path, key_id)
@@ -73,8 +78,11 @@ def successor(file: Path | None, key_id: str, expires_old: datetime, *, expires:
         expires=expires,
         limit=Limit(**limits) if isinstance(limits, dict) else None,
     )
+    ends = table.get("expires")
+    if isinstance(ends, datetime) and ends <= expires_old:
+        return *made, ends
     change_api_key(path, key_id, "expires", expires_old)
-    return made
+    return *made, expires_old
 
 
 def change_api_key(file: Path | None, key_id: str, field: str, value: Value) -> None:

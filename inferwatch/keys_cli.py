@@ -68,7 +68,7 @@ def renew(
     expires: ExpiresOption = "",
     config: ConfigOption = None,
 ) -> None:
-    """Make a second key for the same owner; the old one ends after the overlap. No restart.
+    """Make a second key for the same owner; the old one ends after the overlap, if not sooner. No restart.
 
     Example: inferwatch keys renew key_0a1b2c3d4e5f --overlap 7d --expires 90d
     """
@@ -76,7 +76,7 @@ def renew(
 
     file, ends = load(config).collector.identity.api_keys_file, _from_now(overlap)
     assert ends is not None  # noqa: S101  # an overlap always has a length
-    secret, new_id = successor(file, key_id, ends, expires=_from_now(expires))
+    secret, new_id, ends = successor(file, key_id, ends, expires=_from_now(expires))
     typer.echo(f"{new_id} was added to {file}; {key_id} ends at {ends:%Y-%m-%d %H:%M} UTC. Shown only now:", err=True)
     typer.echo(secret)
 

@@ -26,6 +26,14 @@ def test_a_tenant_key_is_private_and_never_replaced(tmp_path: Path) -> None:
         create_tenant_key(tmp_path / "keys", "default")
 
 
+@pytest.mark.parametrize("tenant", ["../evil", "Acme", "default.e_00000000", ""])
+def test_a_key_is_made_only_for_what_can_be_a_tenant(tmp_path: Path, tenant: str) -> None:
+    """Else it would lie outside of the folder, be used by nobody, or stand among another tenant's epochs."""
+    with pytest.raises(KeyProblem, match="a tenant's name"):
+        create_tenant_key(tmp_path / "keys", tenant)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_the_digest_of_an_api_key_is_kept(tmp_path: Path) -> None:
     """Two keys in one file; neither secret is in it."""
     file = tmp_path / "api-keys.toml"

@@ -59,6 +59,23 @@ def test_a_key_from_its_making_to_its_end(folder: Path) -> None:
     assert said(run("keys", "revoke", "key_nobody", folder=folder)).endswith("there is no API key 'key_nobody'")
 
 
+def test_renewing_a_key_gives_the_old_one_no_more_time_and_the_new_one_all_its_rights(tmp_path: Path) -> None:
+    """One that has ended stays dead, one that ends tomorrow ends tomorrow; 0 is no limit, also in the new table."""
+    now, file = datetime.now(UTC).replace(microsecond=0), tmp_path / "keys.toml"
+    for days in (-30, 1):
+        ends, limit = now + timedelta(days=days), Limit(requests_per_minute=0, concurrent=3)
+        old, key_id = add_api_key(
+            file, tenant="default", user="alice", on_behalf=False, not_before=now - timedelta(days=60), expires=ends,
+            limit=limit,
+        )  # fmt: skip
+        new, _, said_to_end = successor(file, key_id, now + timedelta(days=7), expires=None)
+        ring = KeyRing.load(file)
+        owner = ring.owner(new, now.timestamp())
+        assert (said_to_end, owner and owner.limit) == (ends, limit)
+        with pytest.raises(NotKnown, match="expired_key"):
+            ring.owner(old, ends.timestamp())
+
+
 WRITTEN = '''\
 # our keys
 [ key_a ] # alice
