@@ -9,6 +9,7 @@ old key is kept in either case. Losing power after `rotate` returned loses nothi
 """
 
 import os
+import re
 import secrets
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -81,11 +82,14 @@ def find(key_dir: Path, tenant: str, epoch: str, *, now_s: float, overlap_s: flo
 
     Raises KeyProblem.
     """
-    found = epochs(key_dir, tenant)
-    current = found[-1]
+    check_tenant(tenant)
+    current = _epoch(key_dir / f"{tenant}.key", current=True)
     if epoch == current.name:
         raise KeyProblem(f"{epoch} is the current epoch of {tenant}: rotate first, then shred it")
-    named = next((each for each in found if each.name == epoch), None)
+    named = _half_shredded(key_dir, tenant, epoch)
+    if named is None:
+        found = epochs(key_dir, tenant)
+        named = next((each for each in found if each.name == epoch), None)
     if named is None:
         names = ", ".join(each.name for each in found)
         raise KeyProblem(f"there is no key of epoch {epoch[:64]!r} of {tenant} in {key_dir}: there are {names}")
@@ -95,6 +99,18 @@ def find(key_dir: Path, tenant: str, epoch: str, *, now_s: float, overlap_s: flo
         free = datetime.fromtimestamp(free_s, UTC)
         raise KeyProblem(f"collectors may use {epoch} until {free:%Y-%m-%d %H:%M} UTC (epoch_overlap_s): shred it then")
     return named
+
+
+def _half_shredded(key_dir: Path, tenant: str, epoch: str) -> Epoch | None:
+    """An epoch whose file holds no key any more: its shredding died, and is to be done again."""
+    path = key_dir / f"{tenant}.{epoch}.key"
+    if not re.fullmatch("e_[0-9a-f]{8}", epoch) or not path.is_file():
+        return None
+    try:
+        load_key(path)
+    except KeyProblem:
+        return Epoch(epoch, path, datetime.fromtimestamp(path.stat().st_mtime, UTC), current=False)
+    return None
 
 
 def shred(epoch: Epoch) -> None:

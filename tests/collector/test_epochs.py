@@ -12,7 +12,7 @@ from collector import epochs as epochs_module
 from collector.audit import EngineRequest
 from collector.config import CollectorConfig, JournalConfig
 from collector.context import exchange
-from collector.epochs import DAY_S, epochs, find, rotate, shred
+from collector.epochs import DAY_S, Epoch, epochs, find, rotate, shred
 from collector.event import AnyRecord, Change, decode
 from collector.guards.config import GuardsConfig
 from collector.identity import KeyProblem, Pseudonyms, create_key_file, load_key
@@ -139,6 +139,25 @@ def test_a_shredded_key_is_gone_and_was_written_over(keys: Path) -> None:
     os.close(held)
     assert [len(raw) for raw in written] == [65]
     assert old.hex().encode() not in written[0]
+    assert [each.name for each in epochs(keys, "default")] == [after]
+
+
+@pytest.mark.parametrize("step", ["fsync", "ftruncate"])
+def test_a_shredding_that_died_is_done_again(keys: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the file is no key; it is found by its name, and goes."""
+    before, after = turn(keys)
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    def named() -> Epoch:
+        return find(keys, "default", before, now_s=time.time(), overlap_s=0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, fail)
+        with pytest.raises(OSError, match="Input/output"):
+            shred(named())
+    shred(named())
     assert [each.name for each in epochs(keys, "default")] == [after]
 
 
