@@ -42,14 +42,15 @@ class Watched(Generic[T]):
         """`load` raises KeyProblem; then there is no door."""
         self.subject, self.tenant = subject, tenant
         self._path, self._load = path, load
-        self._seen = _signature(path)
+        self._seen = self._refused = _signature(path)
         self.value = load()
         self.named = _named(path, self.value)
 
     def look(self) -> tuple[str, str] | None:
         """Read the file where it has changed: (before, after) where that is told, each a name of a state.
 
-        A file that can't be used keeps the value; `after` is then `refused`.
+        A file that can't be used keeps the value; `after` is then `refused`, once. It is tried again at each look: what
+        was missing may be another file, and a revocation must not be lost to a passing failure.
         """
         seen = _signature(self._path)
         if seen == self._seen:
@@ -59,7 +60,9 @@ class Watched(Generic[T]):
             value, named = self._load(), ""
             named = _named(self._path, value)
         except Exception as problem:  # noqa: BLE001 - whatever is in the file, the other files are still looked at
-            self._seen = seen
+            if seen == self._refused:
+                return None
+            self._refused = seen
             _tell("a changed file can't be used, what was read before stays in force", problem)
             return before, "refused"
         if _signature(self._path) != seen:
