@@ -1,7 +1,8 @@
 """`inferwatch lookup`: was this text, or one like it, seen? Runs where the tenants' keys are; the text stays here.
 
 What leaves this host: digests and MinHashes under the tenant's keys, to the store, and a signed record of the question
-(who, why, which digest, how many events) to `iw.commands`. Guarantee: there is no answer without that record.
+(who, why, which digest, how many events) to `iw.commands`. A plain SHA-256 goes to the store only where events have
+such. Guarantee: there is no answer without that record.
 """
 
 import unicodedata
@@ -72,7 +73,9 @@ def keys_of(config: Config, tenant: str) -> list[Pseudonyms]:
 
 def _in_epoch(ask: Ask, names: Pseudonyms, tenant: str, text: str, *, at_least: float, limit: int) -> InEpoch:
     forms = _forms(text)
-    digests = [digest for form in forms for digest in (names.digest(form), plain_digest(form.encode()))]
+    digests = [names.digest(form) for form in forms]
+    if lookup.hashed_plainly(ask, tenant, names.epoch):
+        digests += [plain_digest(form.encode()) for form in forms]
     seen = lookup.exact(ask, tenant, names.epoch, digests)
     alike = lookup.similar(ask, tenant, names.epoch, digests, names.minhash(forms[0]), at_least=at_least, limit=limit)
     return InEpoch(names.epoch, seen, alike)

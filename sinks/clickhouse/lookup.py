@@ -19,6 +19,12 @@ SELECT {_SEEN} FROM events
 WHERE tenant = {{tenant:String}} AND key_epoch = {{epoch:String}} AND NOT duplicate
   AND (turn_hash IN {{digests:Array(String)}} OR prompt_hash IN {{digests:Array(String)}})
 """  # noqa: S608 - a constant of ours
+_PLAIN: Final = """
+SELECT 1 AS found FROM events
+WHERE tenant = {tenant:String} AND key_epoch = {epoch:String}
+  AND (startsWith(turn_hash, 'sha256:') OR startsWith(prompt_hash, 'sha256:'))
+LIMIT 1
+"""
 _SIMILAR: Final = f"""
 SELECT *, arrayCount(i -> substring(base64Decode(minhash), 4 * i + 1, 4)
                         = substring(base64Decode({{minhash:String}}), 4 * i + 1, 4), range(64)) / 64 AS similarity,
@@ -56,6 +62,11 @@ class Similar(Sightings, frozen=True, kw_only=True):
     """Estimated Jaccard similarity of the texts' 5-grams; standard error at most 1/16."""
     events_in_all: int
     """Events of all similar texts of the epoch, those beyond the limit too."""
+
+
+def hashed_plainly(ask: Ask, tenant: str, epoch: str) -> bool:
+    """Whether events have digests without a key (`prompt_hash = "sha256"`). Raises NotAnswered."""
+    return bool(ask(_PLAIN, {"tenant": tenant, "epoch": epoch}))
 
 
 def exact(ask: Ask, tenant: str, epoch: str, digests: Sequence[str]) -> Sightings | None:

@@ -26,7 +26,9 @@ LONG = "Please review the termination letter for the employee in the Hamburg off
 LIKE_LONG = LONG.replace("Hamburg", "Munich")
 
 
-def event_of(text: str, tenant: str = "default", user: str = "alice", prompt_hash: Any = "hmac", **more: Any) -> Any:
+def event_of(
+    text: str, tenant: str = "default", user: str = "alice", prompt_hash: Any = "hmac", key_id: str = "", **more: Any
+) -> Any:
     """What the collector writes for a prompt: all that a reader of the topic has of it."""
     names = Pseudonyms(more.pop("key", TENANT_KEYS[tenant]), prompt_hash=prompt_hash)
     identity = Identity(keys=KeyRing({}), pseudonyms={tenant: names})
@@ -39,7 +41,7 @@ def event_of(text: str, tenant: str = "default", user: str = "alice", prompt_has
 
     guards = GuardStack(GuardsConfig(order=()))
     auditor = Auditor(Keep(), guards, identity, GateConfig(tenant=tenant), model_version="m@1")  # type: ignore[arg-type]
-    auditor.caller = lambda asked, **_: Auditor.caller(auditor, asked, user=user)  # type: ignore[method-assign]
+    auditor.caller = lambda asked, **_: Auditor.caller(auditor, asked, user=user, key_id=key_id)  # type: ignore[method-assign]
     auditor.open(EngineRequest("generate", text, prompt_tokens=len(text.split()), **more))
     return written[0]["known"]
 
@@ -64,6 +66,30 @@ def test_neither_people_nor_prompts_meet_across_tenants_or_epochs(what: str) -> 
     keyed = ("user_id", "prompt_hash", "turn_hash", "key_epoch")
     assert all(one[name] and one[name] != other[name] for name in keyed)
     assert similarity(one["minhash"], other["minhash"]) < 0.1
+
+
+def test_the_id_of_an_api_key_is_one_and_the_same_in_all_epochs() -> None:
+    """It is in the clear, so whose key it is, is known for as long as the file of API keys says so."""
+    one, other = (event_of(LONG, key=key, key_id="key_1") for key in (TENANT_KEYS["default"], bytes(range(1, 33))))
+    assert (one["key_id"], one["key_id"]) == (other["key_id"], "key_1")
+    assert one["api_key"] != other["api_key"]
+
+
+def test_values_of_minhashes_tell_pieces_apart_without_asking() -> None:
+    """Short prompts stand out: one piece, so between two of them the ratio is the same at all places. By one of them
+    each value of another MinHash becomes the number of a piece of five characters, and common pieces are counted."""
+    signer = MinHash(TENANT_KEYS["default"])
+    asked = (
+        "the merger with Acme closes on Friday",
+        "please draft a mail about the merger",
+        "Write a poem, a short one",
+    )
+    signatures = [signer.signature(text).astype(np.uint64) for text in asked]
+    short = next(each for text in ("hi", "ok", "yes", "no") if (each := signer.signature(text))[0] % 2)
+    assert all((short % 2).tolist())
+    inverse = [pow(int(value), -1, 2**32) for value in short]
+    pieces = [{int(v) * i % 2**32 for v, i in zip(each, inverse, strict=True)} for each in signatures]
+    assert [len(pieces[0] & other) > 0 for other in pieces] == [True, True, False]
 
 
 def _guessed(event: Any, hashes: dict[str, str]) -> str | None:
