@@ -80,6 +80,50 @@ def test_the_store_gives_the_bytes_back_and_a_changed_row_is_named(tmp_path: Pat
         store.close()
 
 
+BESIDE = (
+    "INSERT INTO events SELECT * REPLACE ('019a0000-0000-7000-8000-00000000dead' AS event_id)"
+    " FROM (SELECT * FROM events WHERE {place})"
+)
+FAR = BESIDE.replace("event_id)", "event_id, toUInt64(18446744073709551615) AS kafka_offset)")
+OVER = "ALTER TABLE events UPDATE user_id = 'u_666' WHERE {place} SETTINGS mutations_sync = 1"
+NONE = "ALTER TABLE events UPDATE status = 'bogus' WHERE {place} SETTINGS mutations_sync = 1"
+GONE = "ALTER TABLE events DELETE WHERE {place} SETTINGS mutations_sync = 1"
+KEEP = (
+    "INSERT INTO lane_records SELECT kafka_partition, kafka_offset, append_time, kind, '{raw}'"
+    " FROM events WHERE {place}"
+)
+
+
+@pytest.mark.parametrize(
+    ("statements", "what"),
+    [
+        ((BESIDE,), "inserted"),
+        ((FAR,), "inserted"),
+        ((OVER,), "changed"),
+        ((KEEP, OVER), "changed"),
+        ((KEEP, GONE), "removed"),
+        ((NONE,), "inserted"),
+    ],
+    ids=["beside it", "at an offset far away", "over it", "over it, its bytes kept", "its bytes alone", "no record"],
+)
+def test_whatever_is_shown_in_the_place_of_an_event_is_named(
+    tmp_path: Path, statements: tuple[str, ...], what: str
+) -> None:
+    """What people see is the table of events: bytes kept beside it do not speak for a row that says something else."""
+    log = write_log(tmp_path / "journal", 21)
+    store = ingested(log, tmp_path)
+    try:
+        offset, raw = next((o, raw) for o, raw in enumerate(log[1]) if o > 30 and isinstance(decode(raw), AuditEvent))
+        place = f"kafka_partition = 1 AND kafka_offset = {offset}"
+        for statement in statements:
+            store._command(statement.format(place=place, raw=raw.decode()))
+        report = verified(store)
+        assert (report.verdict, what in {problem.what for problem in report.problems}) == ("broken", True)
+        assert {problem.partition for problem in report.problems} == {1}
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize("extra", [b',"field_of_1_7":[1,2]}'])
 def test_an_event_of_a_later_version_keeps_its_bytes(tmp_path: Path, extra: bytes) -> None:
     """Its columns would lose a field, so its bytes are kept beside them."""
