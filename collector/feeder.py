@@ -73,7 +73,8 @@ class Feeder:
         self._book: Book | None = None
         self._tail: Tail | None = None
         self.checkpoints: Checkpoints | None = None
-        self._trouble = ""
+        self._troubles: dict[str, str] = {}
+        """What fails now, and with which error."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._idle = False
@@ -240,9 +241,10 @@ class Feeder:
                 if not book.journal.folder.exists():
                     self._stop_for_good(book)
             except Exception as error:  # noqa: BLE001  # one mishap must not end the audit; told, and tried again
-                self._mishap(error)
+                self._mishap("feeding Kafka", error)
                 await asyncio.sleep(_MISHAP_PAUSE_S)
                 continue
+            self._troubles.pop("feeding Kafka", None)
             if finishing and tail.at_end:
                 return
             # A record that comes alone goes at once; under load each batch costs the server some 0.5 ms, however small.
@@ -255,11 +257,20 @@ class Feeder:
         book.close()
         raise FileNotFoundError(f"{book.journal.folder} was removed while in use: no request may begin any more")
 
-    def _mishap(self, error: Exception) -> None:
-        trouble = f"feeding Kafka failed: {type(error).__name__}"
-        if trouble != self._trouble:
-            self._trouble = trouble
-            log.critical("feeding Kafka failed; events wait in the journal", error=type(error).__name__)
+    def _mishap(self, what: str, error: Exception) -> None:
+        trouble = f"{what} failed: {type(error).__name__}"
+        if trouble != self._troubles.get(what):
+            self._troubles[what] = trouble
+            log.critical("the collector has trouble; events wait in the journal", what=what, error=type(error).__name__)
+
+    def _try(self, what: str, do: Callable[[], object]) -> None:
+        """What may fail and is tried again later; told while it fails."""
+        try:
+            do()
+        except (JournalFull, Closed, SigningKeyProblem, OSError) as error:
+            self._mishap(what, error)
+        else:
+            self._troubles.pop(what, None)
 
     async def _beat(self, book: Book, tail: Tail) -> None:
         """A heartbeat for each lane that is silent; looks often enough to be at most a fifth late."""
@@ -313,11 +324,9 @@ class Feeder:
             if loop.time() - made_s < period_s and checkpoints.pending() < self._evidence.checkpoint_records:
                 continue
             made_s = loop.time()
-            try:
-                self._take_up_key(checkpoints)
-                checkpoints.make()
-            except (JournalFull, Closed, SigningKeyProblem) as error:
-                self._mishap(error)
+            # A key file that became bad does not end the signing with the key in hand.
+            self._try("reading the signing key", lambda: self._take_up_key(checkpoints))
+            self._try("signing a checkpoint", checkpoints.make)
 
     def _take_up_key(self, checkpoints: Checkpoints) -> None:
         """Sign with the key that now lies in the file, where that is another."""
@@ -337,10 +346,7 @@ class Feeder:
             await asyncio.sleep(period_s)
             if written != book.journal.end:
                 written = book.journal.end
-                try:
-                    await asyncio.to_thread(book.sync)
-                except OSError as error:
-                    self._mishap(error)
+                await asyncio.to_thread(self._try, "syncing the journal", book.sync)
 
     # -- the health record
 
@@ -372,8 +378,8 @@ class Feeder:
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "version": version("inferwatch"),
             "config_digest": self._config_digest,
-            "ready": book is not None and not away and not self._trouble,
-            "why": "Kafka does not take events" if away else self._trouble,
+            "ready": book is not None and not away and not self._troubles,
+            "why": "Kafka does not take events" if away else "; ".join(list(self._troubles.values())),
             "lag": self.lag(),
             "watermark": from_timestamp_us(book.last_us).isoformat(timespec="milliseconds") if book else "",
             "late": 0,
