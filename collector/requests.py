@@ -27,9 +27,13 @@ NO_BODY: Final[Mapping[str, object]] = {}
 class Refusal(Exception):
     """A request that does not pass: its HTTP status, a fixed word for the event, a sentence for the client."""
 
-    def __init__(self, status: int, reason: str, sentence: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    def __init__(
+        self, status: int, reason: str, sentence: str, headers: tuple[tuple[bytes, bytes], ...] = (), *, code: str = ""
+    ) -> None:
+        """`code`: what the client is told instead of the reason."""
         super().__init__(sentence)
         self.status, self.reason, self.sentence, self.headers = status, reason, sentence, headers
+        self.code = code or reason
 
     def body(self) -> bytes:
         """The answer, in the shape of OpenAI's errors."""
@@ -37,7 +41,7 @@ class Refusal(Exception):
             self.status, "invalid_request_error"
         )
         kind = "server_error" if self.status >= 500 else kind
-        error = {"message": self.sentence, "type": kind, "param": None, "code": self.reason}
+        error = {"message": self.sentence, "type": kind, "param": None, "code": self.code}
         return json.dumps({"error": error}).encode()
 
 
@@ -97,9 +101,9 @@ def _caller(scope: Mapping[str, Any], auditor: Auditor, principal: Principal, us
 
 
 def _not_known(reason: str) -> Refusal:
-    """The same sentence for all: who tries keys learns nothing of them. What it was is in the event."""
+    """The same answer for all: who tries keys learns nothing of them. What it was is in the event."""
     said = "A valid API key is needed: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
-    return Refusal(401, reason, said, ((b"www-authenticate", b"Bearer"),))
+    return Refusal(401, reason, said, ((b"www-authenticate", b"Bearer"),), code="invalid_api_key")
 
 
 def admit(auditor: Auditor, at_hand: Exchange) -> None:
