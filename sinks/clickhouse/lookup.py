@@ -26,7 +26,7 @@ WHERE tenant = {tenant:String} AND key_epoch = {epoch:String}
 LIMIT 1
 """
 _SIMILAR: Final = f"""
-SELECT *, arrayCount(i -> substring(base64Decode(minhash), 4 * i + 1, 4)
+SELECT *, arrayCount(i -> substring(tryBase64Decode(minhash), 4 * i + 1, 4)
                         = substring(base64Decode({{minhash:String}}), 4 * i + 1, 4), range(64)) / 64 AS similarity,
        sum(events) OVER () AS events_in_all
 FROM (

@@ -61,7 +61,8 @@ alice = "{self.public}"
         )
 
     def events(self) -> list[Any]:
-        """What was asked: the text in both epochs, one like it, another, and the same of another tenant."""
+        """What was asked: the text in both epochs, one like it, another, and the same of another tenant; and something
+        with a MinHash that is none, as whoever can write to the topic may make it."""
         rows: list[tuple[str, Pseudonyms, str, str, bool]] = [
             ("default", self.names[0], TEXT, "bob", True),
             ("default", self.names[1], TEXT, "bob", False),
@@ -69,6 +70,7 @@ alice = "{self.public}"
             ("default", self.names[1], LIKE, "dora", False),
             ("default", self.names[1], OTHER, "dora", False),
             ("acme", self.acme, TEXT, "eve", False),
+            ("default", self.names[1], "", "mallory", False),
         ]
         return [
             stored(
@@ -80,7 +82,7 @@ alice = "{self.public}"
                     timestamp=START + timedelta(seconds=n),
                     prompt_hash=names.digest(f"<|user|>{text}"),
                     turn_hash=names.digest(text),
-                    minhash=names.minhash(text),
+                    minhash=names.minhash(text) if text else "!!!",
                     key_epoch=names.epoch,
                 ),
                 n,
