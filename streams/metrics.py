@@ -75,11 +75,12 @@ FAILURES: Final = (".failed_chunks", "failed_judgements")
 
 
 def troubles(counted: Counts) -> dict[str, int]:
-    """Of an engine's counters: who was forgotten for want of room, who is not watched for want of it, and how often a
-    detector failed."""
+    """Of an engine's counters: who was forgotten for want of room, who is not watched for want of it, how often a
+    detector failed, and how many seconds were judged before all had spoken of them."""
     return {
         "evictions": sum(count for name, count in counted.items() if "evicted" in name.rpartition(".")[2]),
         "unwatched": sum(count for name, count in counted.items() if name.endswith(UNWATCHED)),
+        "forced_seconds": counted.get("forced_seconds", 0),
         "detector_failures": sum(count for name, count in counted.items() if name.endswith(FAILURES)),
     }
 

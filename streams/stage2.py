@@ -1,8 +1,9 @@
 """Stage 2: rollups in, findings out. One engine for each partition of iw.rollups, which holds whole tenants (T9).
 
 Delivery: every revision of a finding reaches iw.findings at least once, with the same bytes each time, keyed by its
-uid. A partition of iw.events that says nothing holds time back for all tenants: an alarm in the status, never another
-finding. Commands of people come over iw.commands and take their place among the rollups (`streams/commands.py`).
+uid. A partition of iw.events that says nothing holds time back for all tenants: an alarm in the status, not another
+finding, until `pending_rollups_max` rollups wait for it. Commands of people come over iw.commands and take their place
+among the rollups (`streams/commands.py`).
 """
 
 import asyncio

@@ -18,9 +18,9 @@ from tests.streams.worker import ROOT, Worker, wait_until
 
 NAMES = (
     "lag_records", "watermark_delay_seconds", "records_total", "records_per_second", "batch_records",
-    "state_size_bytes", "evictions_total", "unwatched_total", "detector_failures_total", "late_total",
-    "quarantined_total", "duplicates_total", "dead_letters_total", "rebalances_total", "commit_seconds",
-    "state_write_seconds", "ready",
+    "state_size_bytes", "evictions_total", "unwatched_total", "detector_failures_total", "forced_seconds_total",
+    "late_total", "quarantined_total", "duplicates_total", "dead_letters_total", "rebalances_total",
+    "commit_seconds", "state_write_seconds", "ready",
 )  # fmt: skip
 
 
@@ -54,9 +54,9 @@ def test_what_is_forgotten_not_watched_or_failed_is_told_apart() -> None:
         "volume.failed_chunks": 8,
     }
     stage2 = {"block_rate.refused_keys": 16, "campaign.refused_tenants": 32, "volume.refused": 64}
-    stage2 |= {"failed_judgements": 128, "lifecycle.commands.refused": 256}
-    assert troubles(stage1) == {"evictions": 3, "unwatched": 4, "detector_failures": 8}
-    assert troubles(stage2) == {"evictions": 0, "unwatched": 112, "detector_failures": 128}
+    stage2 |= {"failed_judgements": 128, "lifecycle.commands.refused": 256, "forced_seconds": 512}
+    assert troubles(stage1) == {"evictions": 3, "unwatched": 4, "forced_seconds": 0, "detector_failures": 8}
+    assert troubles(stage2) == {"evictions": 0, "unwatched": 112, "forced_seconds": 512, "detector_failures": 128}
 
 
 def test_counters_of_a_process_never_go_back() -> None:
@@ -139,7 +139,7 @@ async def test_ingest_tells_the_same_of_the_store(kafka_config: KafkaConfig, tmp
     names = [
         name
         for name in NAMES
-        if not name.startswith(("state_", "commit_", "rebalances", "evictions", "unwatched", "detector_"))
+        if not name.startswith(("state_", "commit_", "rebalances", "evictions", "unwatched", "detector_", "forced_"))
     ]
     values = {name: _value(page, name) for name in names}
     assert not [name for name, value in values.items() if math.isnan(value)], page
