@@ -11,7 +11,6 @@ from typing import Final, TypeAlias
 import msgspec
 
 from collector.chain import (
-    HASH_BYTES,
     HINT_BYTES,
     merkle_path,
     merkle_root,
@@ -24,8 +23,12 @@ from collector.chain import (
 from collector.event import Checkpoint, Integrity, timestamp_us
 from collector.problem import UNREADABLE, Problem, Proof, Stamp, What, stamp_of
 
-REPEATS_BYTES: Final = 4096 * HASH_BYTES
-"""Hashes kept of what is checked already: a record that is sent again comes soon after."""
+NO_KEY: Final = b"-"
+"""Nothing that a record's lane begins with."""
+REPEATS_MAX: Final = 4096
+"""So many records back one is known as sent again: that comes soon after, and each look further would take longer."""
+BEATS_MAX: Final = 1024
+"""The same of heartbeats."""
 HOLES_MAX: Final = 262_144
 """Missing numbers that are remembered until the next checkpoint."""
 PROBLEMS_MAX: Final = 100
@@ -39,10 +42,10 @@ Seen: TypeAlias = tuple[int, bytes]
 class LaneCheck:
     """One lane. `head`, `beat_head` and `next` are what the next record must say; empty before the first record."""
 
-    def __init__(self, partition: int, key: bytes, stamp: Stamp, *, beats: bool = True) -> None:
-        """`key`: what all records of the lane have in common. `beats`: whether the log has the heartbeats; without them
-        `seq` may have gaps where the chain has none."""
-        self.key, self._with_beats = key, beats
+    def __init__(self, partition: int, stamp: Stamp, *, beats: bool = True) -> None:
+        """`beats`: whether the log has the heartbeats; without them `seq` may have gaps where the chain has none."""
+        self.key, self._with_beats = NO_KEY, beats
+        """What all records of the lane have in common; `NO_KEY` at its ends, where anybody could spell the head."""
         self.partition, self.collector_id, self.boot = partition, stamp.collector_id, stamp.boot
         self.head = self.beat_head = b""
         self.next = self.first = stamp.seq
@@ -66,8 +69,8 @@ class LaneCheck:
         """By the chain alone; a checkpoint decides."""
         self._missing: dict[int, int] = {}
         self._also: dict[int, bytes] = {}
-        self._past: deque[bytes] = deque(maxlen=REPEATS_BYTES // HASH_BYTES)
-        self._beats_past: deque[bytes] = deque(maxlen=1024)
+        self._past: deque[bytes] = deque(maxlen=REPEATS_MAX)
+        self._beats_past: deque[bytes] = deque(maxlen=BEATS_MAX)
 
     @property
     def name(self) -> str:
@@ -117,8 +120,8 @@ class LaneCheck:
 
     def _repeated(self, digest: bytes, *, beat: bool) -> bool:
         if beat:
-            return digest in self._beats_past or any(digest == known for _, known in self.beats)
-        return digest in self.leaves or digest in self._past
+            return digest in self._beats_past or any(digest == known for _, known in self.beats[-BEATS_MAX:])
+        return digest in self.leaves[-REPEATS_MAX:] or digest in self._past
 
     def _behind(self, stamp: Stamp, place: int, digest: bytes) -> None:
         if self._missing.pop(stamp.seq, None) is not None:
@@ -176,7 +179,7 @@ class LaneCheck:
 
     def goodbye(self) -> None:
         """The lane's last record, seen just now: behind the boot's last checkpoint there is nothing else."""
-        self.ended, self.head = True, b""
+        self.ended, self.head, self.key = True, b"", NO_KEY
         if self.last is None or not self.last.final:
             return
         between = [(self._named(seen), "record") for seen in self.seen[1:-1]]
@@ -189,7 +192,6 @@ class LaneCheck:
         """A checkpoint of the lane: True where it is whole, and it then decides on all before its `next`."""
         named = {"seq": part.seq, "place": place, "event_id": part.event_id}
         try:
-            split_hints(part.hints)
             top = root_from_path(part_hash(self.partition, part), part.lane, part.lanes, map(bytes.fromhex, part.path))
         except ValueError:
             top = None
@@ -232,7 +234,10 @@ class LaneCheck:
             # Where no link is broken the head alone fixes all before it. What else was seen concerns heartbeats.
             self.problems += suspected
             return
-        hints = split_hints(part.hints)
+        try:
+            hints = split_hints(part.hints)
+        except ValueError:
+            hints = []
         observed = [leaf[:HINT_BYTES] for leaf in leaves]
         skipped = 0
         if not started and count <= len(hints) == part.records:

@@ -88,10 +88,8 @@ class Verification:
                 start = raw.find(b'"collector_id":"')
                 if lane is None or not raw.startswith(lane.key, start):
                     lane = self._lanes.get((partition, _key(raw)), lane)
-                if (
-                    lane is not None
-                    and lane.head  # empty at the lane's ends, where anybody could spell it
-                    and raw.startswith(b'%b,"seq":%d,"chain":"%b"' % (lane.key, lane.next, lane.head), start)
+                if lane is not None and raw.startswith(
+                    b'%b,"seq":%d,"chain":"%b"' % (lane.key, lane.next, lane.head), start
                 ):
                     digest = sha256(b"\0" + raw).digest()  # record_hash, without the call
                     lane.head = digest.hex().encode()
@@ -122,7 +120,7 @@ class Verification:
         key = _key(raw)
         lane = self._lanes.get((partition, key))
         if lane is None:
-            lane = self._lanes[partition, key] = LaneCheck(partition, key, stamp, beats=self._beats)
+            lane = self._lanes[partition, key] = LaneCheck(partition, stamp, beats=self._beats)
             self._begun_us.setdefault(partition, lane.begun_us)
         beat = stamp.kind == "heartbeat"
         link = lane.beat_head if beat else lane.head
@@ -137,7 +135,7 @@ class Verification:
             lane.beat_head = digest.hex().encode()
             lane.beats.append((stamp.seq, digest))
             return lane
-        lane.head = digest.hex().encode()
+        lane.key, lane.head = key, digest.hex().encode()
         lane.leaves.append(digest)
         lane.seen.append((place, raw))
         if self._wanted and self._wanted in raw:

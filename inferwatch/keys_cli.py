@@ -154,7 +154,8 @@ def shred_epoch(
 
     settings = load(config)
     identity = settings.collector.identity
-    found = find(identity.key_dir, tenant, epoch, now_s=time.time(), overlap_s=identity.epoch_overlap_s)
+    overlap_s = identity.epoch_overlap_s + identity.reload_s
+    found = find(identity.key_dir, tenant, epoch, now_s=time.time(), overlap_s=overlap_s)
     who = operator_of(settings, operator, key)
     if not yes:
         typer.echo(f"{found.path} has been the key of {tenant} since {found.begun:%Y-%m-%d}. This can't be undone.")

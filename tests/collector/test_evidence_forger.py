@@ -27,7 +27,7 @@ from collector.event import (
     timestamp_us,
 )
 from collector.journal import Journal
-from collector.lane_check import HOLES_MAX, LaneCheck
+from collector.lane_check import HOLES_MAX, REPEATS_MAX, LaneCheck
 from collector.lanes import Book
 from collector.recovery import Estate, close_estate
 from collector.trust import TrustedKeys
@@ -195,6 +195,18 @@ def test_holes_take_no_more_memory_than_one(tmp_path: Path) -> None:
     verification.feed(0, records, range(8))
     (lane,) = verification._lanes.values()
     assert len(lane._missing) == HOLES_MAX
+
+
+@pytest.mark.parametrize(("back", "verdict"), [(REPEATS_MAX, "sound"), (REPEATS_MAX + 1, "broken")])
+def test_a_record_is_looked_for_among_the_last_thousands_alone(tmp_path: Path, back: int, verdict: str) -> None:
+    """One that is sent again is no harm; one of long ago is told, so that a flood of them holds up no verifier."""
+    log, _ = write_boot(tmp_path, "boot-1", Clock(), chance(3), stop=False)
+    head = record_hash([raw for raw in log[0] if raw[9:12] != b"hea"][-1]).hex()
+    forger = Forger(log[0], "boot-1", decode(log[0][-1]).seq + 1, head, last_us(log))
+    for _ in range(REPEATS_MAX + 9):
+        forger.add()
+    log[0].append(log[0][-back])
+    assert told(log)[0] == verdict
 
 
 def test_a_revoked_key_names_no_other(tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def test_a_key_is_destroyed_only_by_an_operator_who_means_it_and_is_on_record(fo
     shred = ("keys", "shred", "default", old, "--reason", "retention")
     assert "until" in said(run(*shred, folder=folder))
     config = folder / "inferwatch.toml"
-    config.write_text(config.read_text().replace("[kafka]", "epoch_overlap_s = 0\n[kafka]"))
+    config.write_text(config.read_text().replace("[kafka]", "epoch_overlap_s = 0\nreload_s = 3600\n[kafka]"))
+    assert "until" in said(run(*shred, folder=folder)), "a collector may not have seen the new key yet"
+    config.write_text(config.read_text().replace("reload_s = 3600", "reload_s = 0.1"))
     assert "name the operator" in said(run(*shred, folder=folder))
     config.write_text(config.read_text() + run("keys", "operator", "alice", folder=folder).stdout)
     asked = run(*shred, folder=folder)

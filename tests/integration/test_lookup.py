@@ -53,6 +53,7 @@ topic_prefix = "{kafka.topic_prefix}"
 [collector.identity]
 key_dir = "{folder}/keys"
 epoch_overlap_s = 0
+reload_s = 0.1
 [store.face]
 port = {port}
 [detect.commands.operators]
