@@ -84,7 +84,7 @@ class BlockRateOne(StageOne):
             key = f"{place.model}\n{columns.guards[int(guards[number])]}"
             weights: dict[str, dict[str, int]] = {}
             if number in again:
-                totals = {chunk.actor(int(trial[index])): later[int(trial[index])] for index in again[number]}
+                totals = {chunk.actor(event): later[event] for event in trial[again[number]].tolist()}
                 weights["later"] = first(totals, self._contributors_max)
             partial = place.partial(key, counts=counts, weights=weights)
             mine = members.get(number)

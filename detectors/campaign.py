@@ -77,9 +77,9 @@ class CampaignTwo(StageTwo):
             if len(known.families) >= self._config.families_max:
                 known.remove(known.oldest())
                 self._counters["evicted_families"] += 1
-            row = len(known.families)
-            known.put(row, Family(sketch, [], {}, signal.first_seen_us, 0, signal.model))
-        family = known.families[row]
+            row, family = len(known.families), Family(sketch, [], {}, signal.first_seen_us, 0, signal.model)
+        else:
+            family = known.families[row]
         taken(family, sketch, signal, self._config.family_users_max)
         known.put(row, family)
         other = self._like(known, row) if family.prompts > 1 else None

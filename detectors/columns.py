@@ -7,15 +7,15 @@ bytes again when it is asked for.
 
 import binascii
 import hashlib
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from collector.event import Adapter, AuditEvent
 from detectors.detector import clean
@@ -26,6 +26,8 @@ Flags = NDArray[np.bool_]
 Keys = NDArray[np.uint64]
 
 SECOND_US: Final = 1_000_000
+SIZES: Final = {"q": 8, "d": 8, "?": 1}
+"""Bytes of a number."""
 TOKENS_MAX: Final = 2**40
 """Larger counts are taken for this, so that sums stay exact."""
 PSEUDONYM_CHARACTERS: Final = 34
@@ -105,8 +107,6 @@ ARRAYS: Final = (
 
 
 DELIVERED: Final = ("ok", "aborted")
-FIELDS: Final = {"choices": "n"}
-"""Where a column is not called as the event's field is."""
 NAMED: Final = {"adapter": "adapters", "api_key": "api_keys", "address": "addresses", "kind": "kinds"}
 """Arrays of numbers that stand for names, and where the names are."""
 
@@ -138,15 +138,14 @@ def columns_of(
 ) -> Columns:
     """The columns of these events, whose raw bytes, offsets and moments are given. What nobody reads is zero."""
 
-    def numbers(name: str, make: Callable[[], Iterable[Any]], dtype: DTypeLike) -> NDArray[Any]:
-        return np.fromiter(make(), dtype, len(events)) if name in reads else np.zeros(len(events), dtype)
+    def numbers(name: str, make: Callable[[], list[Any]], code: str = "q") -> NDArray[Any]:
+        """Written out field by field, packed by `struct`: half of the time of an `attrgetter` and `np.fromiter`."""
+        packed = struct.pack(f"={len(events)}{code}", *make()) if name in reads else bytes(SIZES[code] * len(events))
+        return np.frombuffer(packed, code)
 
-    def times(name: str) -> Floats:
-        """None is not a number; `np.fromiter` takes it for a mistake."""
-        return np.array(list(map(attrgetter(name), events)), np.float64) if name in reads else np.zeros(len(events))
-
-    def plain(name: str, dtype: DTypeLike = np.int64) -> NDArray[Any]:
-        return numbers(name, lambda: map(attrgetter(FIELDS.get(name, name)), events), dtype)
+    def times(name: str, make: Callable[[], list[float | None]]) -> Floats:
+        """None is not a number; `struct` takes it for a mistake."""
+        return np.array(make(), np.float64) if name in reads else np.zeros(len(events))
 
     def names(name: str, make: Callable[[], list[str]]) -> tuple[Ints, list[str]]:
         return coded(make()) if name in reads else (np.zeros(len(events), np.int64), [""])
@@ -157,7 +156,7 @@ def columns_of(
     results = [event.guardrail_results for event in events] if reads & {"verdicts", "judged"} else []
     sizes = np.fromiter(map(len, results), np.int64, len(events)) if results else np.zeros(len(events), np.int64)
     verdict_event, verdict_guard, verdict_blocked, guards = _verdicts(results if "verdicts" in reads else [], sizes)
-    blocked, judged = plain("blocked", bool), sizes > 0
+    blocked, judged = numbers("blocked", lambda: [event.blocked for event in events], "?").copy(), sizes > 0
     unsure = [row for row in np.flatnonzero(blocked).tolist() if _failed(events[row])]
     blocked[unsure] = judged[unsure] = False
     adapter, adapters = names("adapter", lambda: _adapters([event.adapter for event in events]))
@@ -174,17 +173,17 @@ def columns_of(
         high=high ^ salts[kind],
         low=low,
         named=named,
-        delivered=numbers("delivered", lambda: [event.status in DELIVERED for event in events], bool),
+        delivered=numbers("delivered", lambda: [event.status in DELIVERED for event in events], "?"),
         blocked=blocked,
         judged=judged,
-        response_tokens=_tokens(plain("response_tokens")),
-        prompt_tokens=_tokens(plain("prompt_tokens")),
-        max_tokens=_tokens(plain("max_tokens")),
-        choices=np.maximum(plain("choices"), 1),
-        latency_ms=plain("latency_ms", np.float64),
-        ttft_ms=times("ttft_ms"),
-        queue_ms=times("queue_ms"),
-        ms_per_output_token=times("ms_per_output_token"),
+        response_tokens=_tokens(numbers("response_tokens", lambda: [event.response_tokens for event in events])),
+        prompt_tokens=_tokens(numbers("prompt_tokens", lambda: [event.prompt_tokens for event in events])),
+        max_tokens=_tokens(numbers("max_tokens", lambda: [event.max_tokens for event in events])),
+        choices=np.maximum(numbers("choices", lambda: [event.n for event in events]), 1),
+        latency_ms=numbers("latency_ms", lambda: [event.latency_ms for event in events], "d"),
+        ttft_ms=times("ttft_ms", lambda: [event.ttft_ms for event in events]),
+        queue_ms=times("queue_ms", lambda: [event.queue_ms for event in events]),
+        ms_per_output_token=times("ms_per_output_token", lambda: [event.ms_per_output_token for event in events]),
         verdict_event=verdict_event,
         verdict_guard=verdict_guard,
         verdict_blocked=verdict_blocked,

@@ -34,7 +34,7 @@ from detectors.entities import Dump, EntityTable
 from detectors.finding import Entity
 from detectors.probing_evidence import EVIDENCE_MAX, Client, Suspicion, Taken, gains, slow_stepped, stepped
 from detectors.probing_told import NAME, Place, ProbingTwo, signal_of
-from detectors.prompts import likeness, prompt_of
+from detectors.prompts import likeness, session_and_prompt
 from detectors.registry import Registry, Rows
 from detectors.rollup import Partial, Signal
 from detectors.text import Text
@@ -50,6 +50,8 @@ SESSION_TOLD_US: Final = 3_600 * SECOND_US
 SESSIONS_MAX: Final = 32
 """Sessions under suspicion a user; beyond that the one with the least evidence is dropped: the user's own sum stays."""
 UNDER_SUSPICION: Final = 1
+BLOCKED: Final = np.uint8(2)
+"""Beside it, while a chunk is looked through."""
 ONE: Final = np.uint32(1)
 """Of the column's own type: `np.add.at` takes many times as long with another."""
 SUSPECTED_HALF_LIVES: Final = 8
@@ -74,6 +76,7 @@ class ProbingOne(StageOne):
         self._tenants: set[str] = set()
         self._sum_max = max(EVIDENCE_MAX, 2 * self._config.threshold)
         self._half_life_us = self._config.half_life_s * SECOND_US
+        self._retry_us = self._config.retry_s * SECOND_US
         self._gains: dict[tuple[int, int], tuple[float, float, float, float]] = {}
         self._prompts = registry.column(f"{NAME}.prompts", np.uint32)
         self._blocks = registry.column(f"{NAME}.blocks", np.uint32)
@@ -96,12 +99,19 @@ class ProbingOne(StageOne):
         closer = (self._flag.values[entity] != 0) & (second >= self._awake_s.values[entity])
         blocks = np.flatnonzero(columns.blocked[rows])
         if len(blocks):
-            who, firsts = np.unique(entity[blocks], return_index=True)
-            place = np.minimum(np.searchsorted(who, entity), len(who) - 1)
-            # From a client's first block on: until then there is nothing against him.
-            closer |= (who[place] == entity) & (np.arange(len(rows)) >= blocks[firsts[place]])
+            closer[self._since_block(entity, blocks)] = True
         np.add.at(self._prompts.values, entity[~closer], ONE)
         return [*self._new_tenants(chunk), *self._closer(chunk, rows[closer])]
+
+    def _since_block(self, entity: Rows, blocks: Rows) -> Rows:
+        """Where events are of clients blocked in this chunk, from the first block on: until then there is nothing
+        against them. The few clients are marked for a moment, since looking each event up among them takes longer."""
+        flag, whose = self._flag.values, entity[blocks]
+        flag[whose] |= BLOCKED
+        near = np.flatnonzero(flag[entity] & BLOCKED)
+        flag[whose] &= ~BLOCKED
+        who, firsts = np.unique(whose, return_index=True)
+        return near[near >= blocks[firsts[np.searchsorted(who, entity[near])]]]
 
     def _new_tenants(self, chunk: Chunk) -> list[Partial]:
         """A mark at the first event of each tenant that this partition did not know."""
@@ -148,14 +158,13 @@ class ProbingOne(StageOne):
                 continue
             if client is None:
                 client = self._suspected(who, moment_us // SECOND_US)
-            event = chunk.event(row)
             self._learn(client, moment_us // SECOND_US, counted)
-            taken = self._taken(client, event, moment_us, offset)
+            taken = self._taken(client, chunk, row, moment_us, offset, blocked=blocked)
             self._suspect(client, taken, counted)
             if taken.new and not taken.retry:
                 past[who] = counted[0] + 1, counted[1] + blocked
             if taken.new and blocked:
-                told = self._tell(client, taken, event, chunk.partition, int(self._known_s.values[who]))
+                told = self._tell(client, taken, chunk.event(row), chunk.partition, int(self._known_s.values[who]))
                 if told is not None:
                     signals[told.second, told.tenant, told.key] = told
             flags[who] = self._keep(client, key, who, moment_us)
@@ -194,44 +203,57 @@ class ProbingOne(StageOne):
             client.record = max(client.peak, client.peak + (client.record - client.peak) * RECORD_KEPT)
             client.peak = 0.0
         client.usual, client.since = counted, 0
+        client.part()
         for suspicion in (client.whole, *client.sessions.values()):
             if suspicion is not None:
                 suspicion.sum /= 2
 
-    def _taken(self, client: Client, event: Text, moment_us: int, offset: int) -> Taken:
+    def _taken(self, client: Client, chunk: Chunk, row: int, moment_us: int, offset: int, *, blocked: bool) -> Taken:
         """The request against what is remembered of the client's prompts."""
-        prompt = prompt_of(event)
+        session, prompt = session_and_prompt(chunk.columns.raws[row])
+        last, retry = client.last_blocked, False
         new = client.known.admit(prompt, self._config.prompts_max, self._config.same_prompt)
-        rewording = (
-            new
-            and client.last_blocked is not None
-            and moment_us - client.last_blocked_us <= self._config.retry_s * SECOND_US
-            and likeness(prompt, client.last_blocked) >= self._config.like_prompt
-        )
         if new:
+            rewording = (
+                last is not None
+                and moment_us - client.last_blocked_us <= self._retry_us
+                and likeness(prompt, last) >= self._config.like_prompt
+            )
             client.retries = client.retries + 1 if rewording else 0
-        retry = rewording and client.retries <= self._config.retries_max
-        if event.blocked:
+            retry = rewording and client.retries <= self._config.retries_max
+        event_id = ""
+        if blocked:
             client.last_blocked, client.last_blocked_us = prompt, moment_us
-        return Taken(moment_us, offset, event.event_id, event.session_id, event.blocked, new, retry)
+            event_id = chunk.event(row).event_id
+        return Taken(moment_us, offset, event_id, session, blocked, new, retry)
 
     def _suspect(self, client: Client, taken: Taken, counted: tuple[int, int]) -> None:
         """The evidence after this request."""
         gain = self._gain(client.usual)[2 * taken.retry + taken.blocked] if taken.new else 0.0
-        client.whole = stepped(client.whole, taken, gain, self._half_life_us, self._sum_max)
+        before, name = client.whole, taken.session
+        apart = before is not None and client.sessions.get(name) is not before
+        if apart:
+            client.part()
         client.slow = slow_stepped(client.slow, taken, counted, self._config)
-        if client.whole is not None:
-            client.since += taken.new
-            client.peak = max(client.peak, client.whole.sum)
-        if taken.session:
-            before = client.sessions.pop(taken.session, None)
-            session = stepped(before, taken, gain, self._half_life_us, self._sum_max)
-            if session is not None:
-                client.sessions[taken.session] = session
-        if client.whole is None:
+        client.whole = whole = stepped(before, taken, gain, self._half_life_us, self._sum_max)
+        if whole is None:
             client.sessions = {}
-        elif len(client.sessions) > SESSIONS_MAX:
-            del client.sessions[min(client.sessions, key=lambda name: (client.sessions[name].sum, name))]
+            return
+        client.since += taken.new
+        client.peak = max(client.peak, whole.sum)
+        if apart and name:
+            self._suspect_session(client, taken, gain)
+        elif before is None and name:
+            client.sessions = {name: whole}
+
+    def _suspect_session(self, client: Client, taken: Taken, gain: float) -> None:
+        """The same of one of his sessions, where he has others."""
+        sessions = client.sessions
+        session = stepped(sessions.pop(taken.session, None), taken, gain, self._half_life_us, self._sum_max)
+        if session is not None:
+            sessions[taken.session] = session
+        if len(sessions) > SESSIONS_MAX:
+            del sessions[min(sessions, key=lambda name: (sessions[name].sum, name))]
 
     def _gain(self, usual: tuple[int, int]) -> tuple[float, float, float, float]:
         """The last answers are kept, since most clients have the same past: none."""
@@ -269,6 +291,8 @@ class ProbingOne(StageOne):
 
     def restore(self, raw: bytes) -> None:
         dumped, tenants = _decoder.decode(raw)
+        for _, _, client in dumped[0]:
+            client.known.fit(self._config.same_prompt)
         self._suspects.load(dumped)
         self._tenants = set(tenants)
 

@@ -7,6 +7,7 @@ are, and the evidence against him has a ceiling (J. G. Skellam, J. R. Stat. Soc.
 """
 
 import math
+from copy import copy
 from typing import Final
 
 from msgspec import Struct, field
@@ -39,6 +40,7 @@ class Taken(Struct, gc=False):
     moment_us: int
     offset: int
     event_id: str
+    """Of a blocked one."""
     session: str
     blocked: bool
     new: bool
@@ -64,8 +66,9 @@ class Suspicion(Struct, gc=False):
         """Counts the request, whatever it weighs."""
         if not self.prompts:
             self.start_us, self.first_offset = taken.moment_us, taken.offset
+        elif taken.offset < self.first_offset:
+            self.first_offset = taken.offset
         self.last_us, self.last_offset = taken.moment_us, taken.offset
-        self.first_offset = min(self.first_offset, taken.offset)
         self.prompts += 1
         self.distinct += taken.new
         if taken.blocked:
@@ -102,6 +105,7 @@ class Client(Struct, gc=False):
     whole: Suspicion | None = None
     slow: Slow | None = None
     sessions: dict[str, Suspicion] = {}
+    """The evidence against each. Of the first it is that against the client, until he has another: one object."""
     known: Known = field(default_factory=Known)
     last_blocked: Prompt | None = None
     last_blocked_us: int = 0
@@ -113,6 +117,12 @@ class Client(Struct, gc=False):
     def suspected(self) -> bool:
         """Whether there is any evidence."""
         return self.whole is not None or self.slow is not None
+
+    def part(self) -> None:
+        """The evidence against his first session is its own from now on."""
+        for name, session in self.sessions.items():
+            if session is self.whole:
+                self.sessions[name] = copy(session)
 
     @property
     def awake_s(self) -> int:
@@ -150,10 +160,10 @@ def stepped(before: Suspicion | None, taken: Taken, gain: float, half_life_us: i
         if gain <= 0:
             return None
         before = Suspicion(last_us=taken.moment_us)
-    faded = before.sum * 0.5 ** ((taken.moment_us - before.last_us) / half_life_us)
-    before.sum = min(faded + gain, most)
-    if before.sum <= 0:
+    total = before.sum * 0.5 ** ((taken.moment_us - before.last_us) / half_life_us) + gain
+    if total <= 0:
         return None
+    before.sum = min(total, most)
     before.add(taken)
     return before
 

@@ -39,6 +39,12 @@ class _Id(Struct, gc=False):
     event_id: str
 
 
+class _Actor(Struct, gc=False):
+    user_id: str
+    api_key: str = ""
+    client_address: str = ""
+
+
 def text_of(raw: bytes) -> Text:
     """Of an audit event or a rejection."""
     return _decoder.decode(raw)
@@ -49,5 +55,12 @@ def event_id_of(raw: bytes) -> str:
     return _id_decoder.decode(raw).event_id
 
 
+def actor_of(raw: bytes) -> str:
+    """Who sent it, as `detectors.detector.actor` says, likewise."""
+    event = _actor_decoder.decode(raw)
+    return event.user_id or event.api_key or event.client_address
+
+
 _decoder: Final = msgspec.json.Decoder(Text)
+_actor_decoder: Final = msgspec.json.Decoder(_Actor)
 _id_decoder: Final = msgspec.json.Decoder(_Id)

@@ -1,5 +1,7 @@
 """What is done at once with many events says what is done slowly with each."""
 
+from itertools import product
+
 import msgspec
 import numpy as np
 
@@ -9,18 +11,18 @@ from detectors.chunk import in_order_of, tallied
 from detectors.columns import columns_of
 from detectors.detector import actor
 from detectors.prompts import Known, Prompt
-from detectors.text import event_id_of, text_of
+from detectors.text import actor_of, event_id_of, text_of
 from tests.sim.traffic import Traffic
 
 
 def test_order_and_counts_are_those_of_numpy_for_small_and_for_huge_numbers() -> None:
-    """Packed or not, counted or sorted."""
+    """Sixteen bits at a time or in order already, counted or sorted."""
     seed = 3
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    for bound in (1, 7, 300, 2**20, 2**61):
-        for size in (0, 1, 2, 500):
-            code = rng.integers(0, bound, size)
+    for bound, size in product((1, 7, 300, 2**16, 2**16 + 1, 2**20, 2**33, 2**61), (0, 1, 2, 500)):
+        some = rng.integers(0, bound, size)
+        for code in (some, np.sort(some), np.full(size, bound - 1)):
             order, ordered = in_order_of(code, bound)
             assert order.tolist() == np.argsort(code, kind="stable").tolist()
             assert ordered.tolist() == sorted(code.tolist())
@@ -54,7 +56,7 @@ def test_the_words_of_an_event_are_those_of_the_whole_event() -> None:
         results = [(each.decision, each.score) for each in told.pop("guardrail_results")]
         assert results == [(each.decision, each.score) for each in event.guardrail_results]
         assert told == {name: getattr(event, name) for name in told}
-        assert (event_id_of(raw), actor(text)) == (event.event_id, actor(event))
+        assert (event_id_of(raw), actor_of(raw), actor(text)) == (event.event_id, actor(event), actor(event))
 
 
 def test_guards_in_any_order_give_the_same_verdicts() -> None:
@@ -88,10 +90,11 @@ def test_guards_in_any_order_give_the_same_verdicts() -> None:
         assert {(event, columns.guards[guard]): bool(blocked) for event, guard, blocked in told} == wanted, mix
 
 
-def test_known_prompts_from_a_snapshot_without_the_beginnings_of_bands_are_known() -> None:
-    """State stored before these were kept: they are worked out again."""
+def test_known_prompts_from_a_snapshot_of_an_earlier_version_are_known() -> None:
+    """State stored when sketches lay one after the other, without the beginnings of bands: nothing is forgotten."""
     sketches = [np.random.default_rng(seed).bytes(256) for seed in range(5)]
     known = Known(digests=["d"] * 5, sketches=bytearray(b"".join(sketches)), slots=64)
+    known.fit(0.95)
     assert [known.admit(Prompt("new", sketch), 16, 0.95) for sketch in sketches] == [False] * 5
     assert known.admit(Prompt("new", bytes(256)), 16, 0.95)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(known), type=Known) == known

@@ -1,18 +1,23 @@
 """The parts of `probing`: what a prompt weighs, the evidence of weeks, and what is told while a tenant is new."""
 
 import math
+import random
 
+import msgspec
 import numpy as np
 import pytest
 
 from detectors.config import DetectConfig, ProbingConfig
 from detectors.episodes import replay_command
 from detectors.finding import Entity
+from detectors.probing import DETECTOR
 from detectors.probing_evidence import SLOW_GAP_US, Slow, Taken, gains, mixture_ratio, slow_stepped
 from detectors.probing_told import COLD_TENANT, ProbingTwo
 from detectors.prompts import Known, Prompt, seen_before
 from detectors.rollup import Cell, Signal
 from detectors.time import SECOND_US
+from tests.detectors.test_contract import Halves, alarms_of
+from tests.sim.traffic import Traffic
 
 CONFIG = ProbingConfig()
 DAY_S = 86_400
@@ -134,3 +139,21 @@ def test_what_is_known_of_prompts_says_what_comparing_them_all_says() -> None:
         assert known.admit(prompt, 64, 0.95) == new
         if new:
             listed = [*listed, prompt][-64:]
+
+
+def test_what_is_held_against_a_users_only_session_parts_from_what_is_held_against_him_with_the_next_one() -> None:
+    """Kept once or, as after every restart, twice: the same signals and the same state, session by session."""
+    seed = 9
+    print("seed", seed)
+    rng = random.Random(seed)  # noqa: S311 seeded on purpose
+    traffic = Traffic(seed, rate=20, users=8, block_rate=0.3)
+    traffic.calm(0, 40)
+    events = [
+        msgspec.structs.replace(event, session_id=rng.choice(["s_1", "s_1", "s_1", "s_1", "s_2", ""]))
+        for event in traffic.events
+    ]
+    plain, restarted = Halves(DETECTOR), Halves(DETECTOR)
+    alarms = alarms_of(plain, events)
+    assert {alarm.entity.kind for alarm in alarms} == {"session", "user"}
+    assert alarms_of(restarted, events, restart=True) == alarms
+    assert restarted.ones[0][0].snapshot() == plain.ones[0][0].snapshot()

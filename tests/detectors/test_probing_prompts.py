@@ -2,10 +2,14 @@
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
-from detectors.prompts import Prompt, seen_before
+from collector.event import encode
+from detectors.prompts import Prompt, prompt_of, seen_before, session_and_prompt
+from detectors.text import text_of
+from tests.sim.traffic import Traffic
 
 
 def differing(sketch: bytes, slots: int, rng: random.Random) -> bytes:
@@ -37,3 +41,18 @@ def test_equal_digests_are_one_prompt_and_no_sketch_is_like_none() -> None:
     assert not seen_before(Prompt("", b""), known, 0.95)
     assert not seen_before(Prompt("", b"abcd" * 32), known, 0.95)
     assert not seen_before(Prompt("hmac:2", b""), [], 0.95)
+
+
+def test_the_prompt_of_an_event_is_the_same_whether_its_words_or_its_bytes_are_read() -> None:
+    """Also where the sketch is no base64, is padded too much, has half a slot, or is left out; two thousand draws."""
+    seed = 8
+    print("seed", seed)
+    rng = random.Random(seed)  # noqa: S311 seeded on purpose
+    traffic = Traffic(seed)
+    traffic.calm(0, 1)
+    event = traffic.events[0]
+    drawn = ["".join(rng.choices("AB+/=", k=rng.randrange(14))) for _ in range(2_000)]
+    for sketch in [event.minhash, "", "AAAA===", "AAA", "!!!!", "AA-_", "\u00e9", "AA\nAA", *drawn]:
+        for turn in (event.turn_hash, ""):
+            raw = encode(msgspec.structs.replace(event, minhash=sketch, turn_hash=turn))
+            assert session_and_prompt(raw) == (event.session_id, prompt_of(text_of(raw))), sketch
