@@ -153,7 +153,7 @@ class LatencyConfig(_Table):
 
     enabled: bool = True
     window_s: int = Field(60, ge=2, le=3_600, description="Shortest window compared with the baseline.")
-    min_calls: int = Field(60, ge=10, description="A window with fewer calls grows backwards, up to twelve windows.")
+    min_calls: int = Field(60, ge=10, description="A window with fewer calls grows, up to sixty times.")
     ratio_min: float = Field(2.0, gt=1, description="Growth of the median (or of the 95th percentile) that matters.")
     increase_min_ms: float = Field(20.0, ge=0, description="Growth of the median in ms that matters.")
     spread_factor: float = Field(

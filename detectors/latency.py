@@ -25,7 +25,8 @@ further back, so figures may differ in their last digits.
 Cold start. Nothing in the first five windows. First day: no daily swing is known, so a daily load peak that doubles the
 median is told; nothing is judged against the past. First week: no weekly swing.
 
-Memory: a key holds at most 120 steps and 128 strata, about 300 KB when busy, and 12 KB of its past.
+Memory: a key holds at most 120 steps with calls (twice `min_calls`, if that is more) and 128 strata, about 300 KB when
+busy, and 12 KB of its past.
 """
 
 import math
@@ -48,8 +49,9 @@ NAME: Final = "latency"
 METRICS: Final = ("total", "ttft", "queue", "per_token")
 STEPS: Final = 5
 """Steps in a window."""
-STEPS_MAX: Final = 60
-"""Steps to which a window may grow while calls are few."""
+STEPS_MAX: Final = 300
+"""Steps to which a window may grow while calls are few: an hour of steps of 12 s."""
+STEPS_KEPT: Final = 120
 HISTORY_MAX: Final = 120
 HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02
@@ -99,6 +101,8 @@ class LatencyTwo(StageTwo):
         self._config = config.latency
         self._users_max = config.contributors_max
         self._step_s = step_of(self._config)
+        self._steps_kept = max(STEPS_KEPT, 2 * self._config.min_calls)
+        """Two windows' calls need no more steps, however few there are in each."""
         self._keys: dict[tuple[str, str], KeyState] = {}
         self._room = Room[tuple[str, str], KeyState](self._seen_s)
         self._refused_keys = 0
@@ -267,8 +271,10 @@ class LatencyTwo(StageTwo):
             state.baseline, state.history, state.slow_since_s, state.learned_steps = {}, [], None, 0
             for step in state.steps:
                 step.slow = step.learned = False
-        for step in state.steps:
-            if step.index <= index - 2 * window_steps and not step.learned and not step.slow:
+        too_many = len(state.steps) - self._steps_kept
+        for number, step in enumerate(state.steps):
+            due = step.index <= index - 2 * window_steps or number < too_many
+            if due and not step.learned and not step.slow:
                 step.learned = True
                 for key, stratum in sorted(step.strata.items()):
                     if key in state.baseline or len(state.baseline) < STRATA_MAX:
@@ -277,8 +283,8 @@ class LatencyTwo(StageTwo):
                 if state.learned_steps >= MEMORY_STEPS:
                     state.baseline = forget(state.baseline)
                     state.learned_steps >>= 1
-        while state.steps and state.steps[0].index <= index - 2 * STEPS_MAX:
-            state.steps.pop(0)
+        too_old = sum(step.index <= index - 2 * STEPS_MAX for step in state.steps)
+        del state.steps[: max(too_old, too_many)]
 
     def snapshot(self) -> bytes:
         return _encoder.encode((list(self._keys.items()), self._refused_keys, self._open))
@@ -294,7 +300,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="7",
+        version="8",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[

@@ -82,3 +82,17 @@ def test_half_of_a_doubling_is_told_after_two_days_of_its_own_past() -> None:
     assert late[0].statistic.name.startswith("peaks over threshold: ")
     assert late[0].statistic.improbability > late[0].statistic.threshold > math.log10(2_016)
     assert late[0].cold_start.startswith("Less than a week")
+
+
+def test_a_model_that_is_seldom_called_is_judged_by_windows_of_up_to_an_hour() -> None:
+    """At one call a minute a doubling is told after the second hour; what a key keeps does not grow with the hour."""
+    rng = np.random.default_rng(3)
+    minutes = np.arange(24 * 60)
+    latency = 400 * rng.lognormal(0, 0.2, len(minutes)) * np.where(minutes >= 20 * 60, 2.5, 1.0)
+    seldom = {"latency": {"window_s": 60, "min_calls": 50}}
+    config = CONFIG.model_copy(update={"latency": DetectConfig.model_validate(seldom).latency})
+    found = passed(calls_of(START_US + minutes * 60 * SECOND_US, latency), config)
+    (opened,) = (each for each in found if each.state == "open")
+    hours_late = (opened.updated_us - START_US) / (3_600 * SECOND_US) - 20
+    assert 0 < hours_late < 2.1
+    assert "calls" in opened.summary
