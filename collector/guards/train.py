@@ -332,8 +332,14 @@ def weights_bytes(heads: Mapping[Channel, TrainedHead], beside: BesideSpec) -> b
 
 
 def train_guard(data: Path, out: Path, seed: int, tell: Callable[[str], None]) -> None:
-    """Writes the weights to `out` and the card of this run beside them. Raises `BadTrainingData`, OSError."""
+    """Writes the weights to `out` and the card of this run beside them. Raises `BadTrainingData`, OSError; where `out`
+    can't be written, that is known before the fit, which takes minutes."""
     rows = load_rows(data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    there = out.exists()
+    out.open("ab").close()
+    if not there:
+        out.unlink()
     everything = [*rows, *own_rows(seed)]
     heads: dict[Channel, TrainedHead] = {channel: train_head(everything, channel, seed, tell) for channel in SPECS}
     beside = train_beside(rows, heads["user"].spec.slope, seed)

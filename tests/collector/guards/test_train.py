@@ -112,6 +112,23 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
         train.train_guard(tmp_path / "gone", tmp_path / "w", 0, lambda _: None)
 
 
+def test_a_place_that_cant_be_written_is_told_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is missing is made; a folder in the file's place ends the run at once."""
+
+    class Fitted(Exception):
+        """The fit began."""
+
+    def fit(*_: object) -> None:
+        raise Fitted
+
+    monkeypatch.setattr(train, "train_head", fit)
+    monkeypatch.setattr(train, "load_rows", lambda _: [])
+    with pytest.raises(Fitted):
+        train.train_guard(tmp_path, tmp_path / "new" / "w", 0, lambda _: None)
+    with pytest.raises(IsADirectoryError):
+        train.train_guard(tmp_path, tmp_path / "new", 0, lambda _: None)
+
+
 def test_our_own_texts_repeat_and_are_balanced() -> None:
     """The same seed draws the same texts, none twice with different labels, both classes in every language."""
     rows = train.own_rows(0)
