@@ -245,8 +245,10 @@ class LatencyTwo(StageTwo):
         observed_us, expected_us = quantile(observed, 0.5), quantile(expected, 0.5)
         tail = slow_share = 0.0
         if calls >= self._config.tail_calls:
-            tail = quantile(observed, 0.95) / max(quantile(expected, 0.95), 1.0)
-            slow_share = share_above(observed, observed_us * limit / max(expected_us, 1.0))
+            high_us = quantile(expected, 0.95)
+            tail = quantile(observed, 0.95) / max(high_us, 1.0)
+            far_us = math.sqrt(self._config.ratio_min) * high_us
+            slow_share = share_above(observed, observed_us * far_us / max(expected_us, 1.0))
         return Judgement(calls, steps, observed_us, expected_us, tail, slow_share, chance_ln)
 
     def _slow(self, state: KeyState, window: Judgement) -> bool:

@@ -8,8 +8,9 @@ of the hour of the week, and the means of 12 and of 24 windows.
 
 Three see a sudden rise: the smaller of two adjoining windows' residuals of y above an AR(1) forecast; the same of the
 95th percentile; and the share of calls that are slow beside their own window's median (as an arcsine, so that its noise
-is even), of which the two smaller of three windows are added. Load moves a median and its tail together and cancels
-out, and in a heavy tail a share is steadier than a percentile.
+is even), of which the two smaller of three windows are added. Slow is what lies beyond the geometric mean of the usual
+95th percentile and its double. Load moves a median and its tail together and cancels out, and in a heavy tail a share
+is steadier than a percentile.
 
 Each has a tail of its own past beyond its 98 % quantile, continued by an exponential; the least probable decides. Noise
 whose steps are Gaussian falls off sooner, with the square of the size, and then a sudden rise is far less probable.
@@ -53,6 +54,8 @@ REST: Final = 100
 """Windows for which an unusual one silences the next, unless half as improbable again: an episode is told once."""
 REST_SUDDEN: Final = 20
 SUDDEN: Final = ("jump", "tail", "slowest")
+SLOW_MIN: Final = 0.05
+"""Share of slow calls that matters: then the 95th percentile lies where slow begins."""
 RECORD_AGE_S: Final = 7 * 86_400
 """Age from which a sudden rise is held against the tail that falls off with the square."""
 RECORD_WEEKS: Final = 8
@@ -203,7 +206,8 @@ class Seen(Struct, frozen=True):
     high_ln: float | None
     """The same of the 95th percentile; None where calls are too few for one."""
     slow_share: float
-    """Share of calls above the window's own median times what the 90th percentile is usually above the median."""
+    """Share of calls above the window's own median times what the 95th percentile is usually above the median, and half
+    of a doubling more."""
     hour: int
     """Of the week."""
     load: float
@@ -219,7 +223,8 @@ class Spot(Struct):
     day: Profile = field(default_factory=lambda: Profile(HOURS))
     week: Profile = field(default_factory=lambda: Profile(WEEK_HOURS))
     share: Profile = field(default_factory=lambda: Profile(HOURS))
-    shares: list[float] = []
+    shares: list[tuple[float, float]] = []
+    """Of the last three windows: the arcsine less what is usual, and the share itself."""
     recent: list[float] = []
     mean_levels: dict[str, float] = {}
     tails: dict[str, Tail] = {}
@@ -261,8 +266,8 @@ class Spot(Struct):
 
     def judge(self, window: "Seen", rise_min: float, *, square: bool = False) -> dict[str, float]:
         """-log10 p of each statistic; empty while warm. A median or a 95th percentile that rose at once by less than
-        `rise_min` (in ln) is improbable by 0: however sure, it does not matter. `square`: whether sudden rises have a
-        tail that falls off with the square."""
+        `rise_min` (in ln), or fewer slow calls than `SLOW_MIN`, are improbable by 0: however sure, it does not matter.
+        `square`: whether sudden rises have a tail that falls off with the square."""
         y, hour, load = window.median_ln, window.hour, window.load
         size = math.copysign(math.expm1(min(abs(y), 7.0)), y)
         found = {
@@ -273,8 +278,9 @@ class Spot(Struct):
         if window.high_ln is not None:
             found["tail"] = self.high.jump(self.high.of(window.high_ln, hour, load))
             share = 2 * math.asin(math.sqrt(min(max(window.slow_share, 0.0), 1.0)))
-            self.shares = [*self.shares, self.share.of(share, hour % HOURS)][-3:]
-            found["slowest"] = max(math.fsum(sorted(self.shares)[:2]), 0.0) if len(self.shares) == 3 else 0.0
+            self.shares = [*self.shares, (self.share.of(share, hour % HOURS), window.slow_share)][-3:]
+            smaller = sorted(more for more, _ in self.shares)[:2]
+            found["slowest"] = max(math.fsum(smaller), 0.0) if len(self.shares) == 3 else 0.0
         self.recent = [*self.recent, size][-max(MEANS.values()) :]
         for name, windows in MEANS.items():
             mine = self.recent[-windows:]
@@ -293,5 +299,7 @@ class Spot(Struct):
         for name in ("jump", "tail"):
             if found.get(name, rise_min) < rise_min:
                 told[name] = steep[name] = 0.0
+        if "slowest" in steep and sum(share >= SLOW_MIN for _, share in self.shares) < 2:
+            told["slowest"] = steep["slowest"] = 0.0
         self.steepest = max(steep.values())
         return told if self.windows > WARM else {}

@@ -3,8 +3,8 @@
 The path is the deployed one: bytes to `PartitionEngine.observe_log`, rollups through their wire form to `TenantEngine`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -46,6 +46,10 @@ class Calls:
     def __len__(self) -> int:
         return len(self.moment_us)
 
+    def part(self, rows: slice) -> "Calls":
+        """Some of them."""
+        return Calls(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
+
 
 def calls_of(moment_us: Ints, latency_ms: Floats, **other: Any) -> Calls:
     """Calls with these latencies; what isn't given is alike for all."""
@@ -62,46 +66,72 @@ def others_than(name: str) -> list[str]:
     return [each for each in names if each != name and hasattr(getattr(DetectConfig(), each, None), "enabled")]
 
 
-def passed(calls: Calls, config: DetectConfig) -> list[Finding]:
-    """Every revision that the calls raise, in order."""
-    one = PartitionEngine(config, topic="iw.events", partition=0, partitions=1)
-    two = TenantEngine(config, partition=0, partitions=1)
-    findings: list[Finding] = []
-    for offset, raws, append_ms in _chunks(calls):
-        refused = one.observe_log(raws, append_ms, np.arange(offset, offset + len(raws)))
+class Pipe:
+    """Both stages, one after the other, of one partition; `copy` is another that goes on from here."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config
+        self._one = PartitionEngine(config, topic="iw.events", partition=0, partitions=1)
+        self._two = TenantEngine(config, partition=0, partitions=1)
+        self._offset = 0
+
+    def copy(self) -> "Pipe":
+        """Its twin, by way of the snapshots that a restart takes."""
+        other = Pipe(self._config)
+        other._one.restore(self._one.snapshot())
+        other._two.restore(self._two.snapshot())
+        other._offset = self._offset
+        return other
+
+    def hello(self, moment_us: int) -> list[Finding]:
+        """The collector's first words."""
+        return self._observe(
+            [encode(Hello(event_id="hello", timestamp=from_timestamp_us(moment_us), seq=0, **COMMON))], [moment_us]
+        )
+
+    def calls(self, calls: Calls) -> list[Finding]:
+        """Findings that these calls raise."""
+        findings: list[Finding] = []
+        for begin in range(0, len(calls), CHUNK):
+            end = min(begin + CHUNK, len(calls))
+            findings += self._observe(
+                _raws(calls, begin, end, _template(), self._offset - begin), calls.moment_us[begin:end]
+            )
+        return findings
+
+    def goodbye(self, moment_us: int) -> list[Finding]:
+        """The collector's last words, and those of another that close the last second."""
+        later_us = moment_us + MINUTE_US
+        last = Goodbye(event_id="goodbye", timestamp=from_timestamp_us(moment_us), seq=self._offset, **COMMON)
+        tick = Tick(event_id="tick", timestamp=from_timestamp_us(later_us), seq=0, **COMMON)
+        return self._observe([encode(last), encode(tick)], [moment_us, later_us])
+
+    def _observe(self, raws: list[bytes], moment_us: Ints | list[int]) -> list[Finding]:
+        append_ms = np.asarray(moment_us, np.int64) // 1_000
+        refused = self._one.observe_log(raws, append_ms, np.arange(self._offset, self._offset + len(raws)))
         if refused:
             raise ValueError(f"stage 1 refused {len(refused)} records: {refused[0][1]}")
-        for each in one.take():
-            two.observe(rollup.decode(rollup.encode(each)))
-        findings += two.take()
-    return findings
+        self._offset += len(raws)
+        for each in self._one.take():
+            self._two.observe(rollup.decode(rollup.encode(each)))
+        return self._two.take()
 
 
-def _chunks(calls: Calls) -> Iterator[tuple[int, list[bytes], Ints]]:
-    """(first offset, records, append times in ms), a hello before and a goodbye an hour after."""
-    moment = calls.moment_us
-    began_us, ended_us = int(moment[0]) - SECOND_US, int(moment[-1]) + HOUR_US
-    yield (
-        0,
-        [encode(Hello(event_id="hello", timestamp=from_timestamp_us(began_us), seq=0, **COMMON))],
-        np.array([began_us // 1_000]),
-    )
-    template = _template()
-    for begin in range(0, len(calls), CHUNK):
-        end = min(begin + CHUNK, len(calls))
-        yield begin + 1, _raws(calls, begin, end, template), moment[begin:end] // 1_000
-    last = Goodbye(event_id="goodbye", timestamp=from_timestamp_us(ended_us), seq=len(calls) + 1, **COMMON)
-    tick = Tick(event_id="tick", timestamp=from_timestamp_us(ended_us + MINUTE_US), seq=0, **COMMON)  # closes the rest
-    closing = [encode(last), encode(tick)]
-    yield len(calls) + 1, closing, np.array([ended_us // 1_000, (ended_us + MINUTE_US) // 1_000])
+def passed(calls: Calls, config: DetectConfig) -> list[Finding]:
+    """Every revision that the calls raise, in order; a hello a second before them and a goodbye an hour after."""
+    pipe = Pipe(config)
+    findings = pipe.hello(int(calls.moment_us[0]) - SECOND_US)
+    findings += pipe.calls(calls)
+    return findings + pipe.goodbye(int(calls.moment_us[-1]) + HOUR_US)
 
 
-def _raws(calls: Calls, begin: int, end: int, template: str) -> list[bytes]:
+def _raws(calls: Calls, begin: int, end: int, template: str, ahead: int) -> list[bytes]:
+    """Records of rows `begin` to `end`, numbered `ahead` more than their rows."""
     part = slice(begin, end)
     per_token = (calls.latency_ms - calls.ttft_ms)[part] / np.maximum(calls.response_tokens[part], 1)
     cut = ["length" if each else "stop" for each in calls.cut[part].tolist()]
     columns = (
-        [f"{number:09x}" for number in range(begin, end)],
+        [f"{number - 1:09x}" for number in range(begin + ahead, end + ahead)],
         np.datetime_as_string(calls.moment_us[part].astype("datetime64[us]")).tolist(),
         [f"u_{number:032x}" for number in calls.user[part].tolist()],
     )
@@ -115,12 +145,13 @@ def _raws(calls: Calls, begin: int, end: int, template: str) -> list[bytes]:
         calls.queue_ms[part].round(3).tolist(),
         per_token.round(3).tolist(),
     )
-    rows = zip(range(begin + 1, end + 1), *columns, calls.score[part].round(4).tolist(), *numbers, strict=True)
+    rows = zip(range(begin + ahead, end + ahead), *columns, calls.score[part].round(4).tolist(), *numbers, strict=True)
     return [
         (template % (event, stamp, seq, user, score, *rest)).encode() for seq, event, stamp, user, score, *rest in rows
     ]
 
 
+@cache
 def _template() -> str:
     """A record with `%s` where the changing values go, made by the event's own encoder."""
     marks: dict[str, Any] = {

@@ -21,13 +21,24 @@ LIGHT_BELOW: Final = 0.6
 
 
 @dataclass(frozen=True)
+class Shift:
+    """A doubling of the calls of three windows, which replaces what they took."""
+
+    begin_us: int
+    end_us: int
+    kind: str
+    rows: slice
+    latency_ms: Floats
+
+
+@dataclass(frozen=True)
 class Shifted:
-    """Calls and when they were made slower: (begin, end of the third window, kind) in µs."""
+    """Calls of a model without a fault, and doublings that each may come to it, one instead of the other."""
 
     calls: Calls
-    shifts: list[tuple[int, int, str]]
+    shifts: list[Shift]
     calm_us: tuple[int, int]
-    """Without shifts, for false alarms."""
+    """Where false alarms count: after learning, up to the first doubling."""
 
 
 def residuals(data: Path) -> dict[str, Floats]:
@@ -51,10 +62,37 @@ def shifted(
 ) -> Shifted:
     """A daily swing of load, queueing with it, AR(1) noise of sd .12 a minute, one-minute hiccups (one a week).
 
-    After days of learning and days of calm, in the last days a doubling of ten windows every five hours, from the start
-    of a window on, in turn of the whole distribution and of an eighth of the calls, which doubles the 95th percentile.
+    Days of learning, days of calm, then days in which a doubling may begin every 90 minutes, at the start of a window:
+    in turn of the whole distribution and of an eighth of the calls, which doubles the 95th percentile.
     """
     minutes = sum(days) * 1_440
+    part, slower = _load(per_min, minutes, rng)
+    # A detector's step is twelve seconds: calls of one step share a second, which changes no answer and costs less.
+    moment = START_S * SECOND_US + part * STEP_US + np.arange(len(part)) % SECOND_US
+    log_ms = np.log(800.0) + slower[part // 5] + 0.7 * rng.choice(residual, len(part))
+    starts = window_starts(np.bincount(part, minlength=5 * minutes), calls_min)
+    shifts = []
+    for turn, minute in enumerate(range((days[0] + days[1]) * 1_440 + 60, minutes - 300, 90)):
+        number_of = int(np.searchsorted(starts, 5 * minute))
+        begin, end = (int(starts[number_of + more]) for more in (0, 3))
+        first, last = (int(row) for row in np.searchsorted(part, (begin, end)))
+        mine = log_ms[first:last].copy()
+        kind = ("whole", "tail")[turn % 2]
+        hit = np.ones(last - first, bool)
+        if kind == "tail":
+            hit = rng.random(last - first) < 0.12
+            usual = np.log(800.0) + slower[part[first:last][hit] // 5]
+            mine[hit] = np.maximum(mine[hit], usual) + 0.7 * np.quantile(residual, 0.95)
+        mine[hit] += np.log(2)
+        edges = [START_S * SECOND_US + edge * STEP_US for edge in (begin, end)]
+        shifts.append(Shift(edges[0], edges[1], kind, slice(first, last), np.exp(mine)))
+    day_us = 1_440 * MINUTE_US
+    calm = (START_S * SECOND_US + days[0] * day_us, START_S * SECOND_US + (days[0] + days[1]) * day_us)
+    return Shifted(calls_of(moment, np.exp(log_ms)), shifts, calm)
+
+
+def _load(per_min: float, minutes: int, rng: np.random.Generator) -> tuple[Ints, Floats]:
+    """The twelve-second step of each call, and how much slower than usual each minute is, as a logarithm."""
     at = np.arange(minutes)
     swing = 1 + 0.5 * np.sin(2 * np.pi * at / 1_440) * (1 - 0.3 * (at // 1_440 % 7 >= 5))
     number = rng.poisson(per_min * swing * rng.gamma(8, 1 / 8, minutes))
@@ -66,30 +104,7 @@ def shifted(
     hiccups = rng.random(minutes) < 1 / 10_080
     slower[hiccups] += rng.uniform(0.5, 1.5, int(hiccups.sum()))
     minute_of = np.repeat(at, number)
-    # A detector's step is twelve seconds: calls of one step share a second, which changes no answer and costs less.
-    part = np.sort(rng.integers(0, 5, len(minute_of)) + 5 * minute_of)
-    moment = START_S * SECOND_US + part * 12 * SECOND_US + np.arange(len(part)) % 1_000_000
-    log_ms = np.log(800.0) + slower[part // 5] + 0.7 * rng.choice(residual, len(part))
-    starts = window_starts(np.bincount(part, minlength=5 * minutes), calls_min)
-    shifts = []
-    for turn, minute in enumerate(range((days[0] + days[1]) * 1_440 + 60, minutes - 300, 300)):
-        kind = ("whole", "tail")[turn % 2]
-        number_of = int(np.searchsorted(starts, 5 * minute))
-        if number_of + 10 >= len(starts):
-            break
-        begin, third, end = (int(starts[number_of + more]) for more in (0, 3, 10))
-        mine = np.flatnonzero((part >= begin) & (part < end))
-        if kind == "tail":
-            mine = mine[rng.random(len(mine)) < 0.12]
-            log_ms[mine] = np.maximum(log_ms[mine], np.log(800.0) + slower[part[mine] // 5])
-            log_ms[mine] += 0.7 * np.quantile(residual, 0.95)
-        log_ms[mine] += np.log(2)
-        edges = [START_S * SECOND_US + edge * STEP_US for edge in (begin, third)]
-        shifts.append((edges[0], edges[1], kind))
-    day_us = 1_440 * MINUTE_US
-    calm = (START_S * SECOND_US + days[0] * day_us, START_S * SECOND_US + (days[0] + days[1]) * day_us)
-    order = np.argsort(moment, kind="stable")
-    return Shifted(calls_of(moment[order], np.exp(log_ms[order])), shifts, calm)
+    return np.sort(rng.integers(0, 5, len(minute_of)) + 5 * minute_of), slower
 
 
 def window_starts(calls: Ints, calls_min: int) -> Ints:
