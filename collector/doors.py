@@ -210,11 +210,16 @@ def open_identity(config: IdentityConfig, gate_tenant: str) -> Identity:
     keys_file, tokens, proxy = config.api_keys_file, config.tokens, config.proxy
     if keys_file is None and tokens is None and proxy is None:
         raise KeyProblem("there are no API keys: name their file as api_keys_file in [collector.identity]")
-    pseudonyms: dict[str, Watched[Pseudonyms] | Pseudonyms] = {}
+    pseudonyms: dict[str, Watched[Pseudonyms]] = {}
 
     def make(tenant: str) -> Pseudonyms:
         key = load_tenant_key(config.key_dir, tenant)
-        return Pseudonyms(key, prompt_hash=config.prompt_hash, minhash_chars_max=config.minhash_chars_max)
+        made = Pseudonyms(key, prompt_hash=config.prompt_hash, minhash_chars_max=config.minhash_chars_max)
+        for other, known in pseudonyms.items():
+            if other != tenant and known.value.epoch == made.epoch:
+                path = config.key_dir / f"{tenant}.key"
+                raise KeyProblem(f"{path}: this is the key of tenant {other}: make one of its own")
+        return made
 
     def need(tenants: Iterable[str]) -> None:
         for tenant in sorted({*tenants} - pseudonyms.keys()):

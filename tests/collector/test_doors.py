@@ -243,6 +243,22 @@ def test_a_new_tenant_needs_a_key_for_its_pseudonyms_first(site: Site) -> None:
     assert "other" in site.identity.tenants
 
 
+def test_two_tenants_never_have_one_key(site: Site) -> None:
+    """Else a person or a prompt of one would be the same in the other's events: no start, and no change to it."""
+    keys = site.config.key_dir
+    acme = site.identity.names("default").epoch
+    add_api_key(site.config.api_keys_file, tenant="acme", user="eve", on_behalf=False)
+    site.look()
+    good = (keys / "acme.key").read_text()
+    (keys / "acme.key").write_text((keys / "default.key").read_text())
+    assert [(each["subject"], each["after"]) for each in site.look()] == [("key_epoch", "refused")]
+    assert site.identity.names("acme").epoch != acme
+    with pytest.raises(KeyProblem, match=r"acme\.key: this is the key of tenant default"):
+        open_identity(site.config, "default")
+    (keys / "acme.key").write_text(good)
+    assert open_identity(site.config, "default").tenants == {"default", "acme"}
+
+
 def test_without_a_door_nothing_opens(tmp_path: Path) -> None:
     """A gate that nobody can pass, or anybody, does not start."""
     with pytest.raises(KeyProblem, match="there are no API keys"):
