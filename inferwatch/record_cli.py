@@ -48,20 +48,21 @@ def record(
 
 
 async def signed(config: Config) -> "tuple[list[AnyCommand], int]":
-    """The commands on iw.commands by time of signing, and how many records are none. Raises BrokerAway."""
+    """The commands on iw.commands by time of signing, each once, and how many records are none. Raises BrokerAway."""
     from collector.kafka import ensure_topics, read_topic, wait_for_broker  # noqa: PLC0415
     from detectors.commands import BadCommand, public_keys, verify  # noqa: PLC0415
 
     await wait_for_broker(config.kafka, config.streams.broker_timeout_s)
     await ensure_topics(config.kafka)
     settings = config.detect.commands
-    keys, done, refused = public_keys(settings), [], 0
+    keys, done, refused = public_keys(settings), dict[bytes, "AnyCommand"](), 0
     async for message in read_topic(config.kafka, "commands"):
         try:
-            done.append(verify(message.value or b"", message.timestamp, keys, settings))
+            command = verify(message.value or b"", message.timestamp, keys, settings)
+            done[msgspec.json.encode(command)] = command  # whoever can write to the topic can write it again
         except BadCommand:
             refused += 1
-    return sorted(done, key=lambda each: (each.at_us, each.id)), refused
+    return sorted(done.values(), key=lambda each: (each.at_us, each.id)), refused
 
 
 def _kind(command: "AnyCommand") -> str:
