@@ -34,6 +34,7 @@ from detectors.block_rate_charts import (
     Chart,
     History,
     cold_threshold,
+    lasted,
     run,
     share_of,
     threshold_of,
@@ -239,13 +240,15 @@ class BlockRateTwo(StageTwo):
             guard.add(waiting.minute, waiting.counts, self._config.half_life_s)
 
     def _doubt(self, state: KeyState, waiting: Minute) -> None:
-        """A suspicious minute is set aside; when nothing else came for a day, what was set aside is the new normal."""
+        """A suspicious minute is set aside; when nothing else came for a day, what was set aside is the new normal, if
+        it lasted. Else it was a burst whose charts fall slowly, since few ask: over, and not learned."""
         if state.suspect_since_s is None:
             state.suspect_since_s = waiting.minute * 60
         state.suspect.add(waiting.minute, waiting.counts, self._config.half_life_s)
         if waiting.minute * 60 - state.suspect_since_s >= self._config.adopt_s:
-            state.usual, state.suspect, state.suspect_since_s = state.suspect, History.new(), None
-            state.alarming_s = None
+            if lasted(state.suspect, state.usual, state.suspect_since_s, self._config):
+                state.usual = state.suspect
+            state.suspect, state.suspect_since_s, state.alarming_s = History.new(), None, None
             for chart in state.charts:
                 chart.sum = 0.0
 
@@ -281,7 +284,7 @@ _keys_decoder = msgspec.msgpack.Decoder(
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="6",
+        version="7",
         atlas=["AML.T0051.000", "AML.T0054"],
         owasp=["LLM01"],
         runbook=[

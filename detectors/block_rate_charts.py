@@ -19,6 +19,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from detectors.config import BlockRateConfig
+
 DAY_S: Final = 86_400
 WEEK_S: Final = 7 * DAY_S
 WEEK_H: Final = 7 * 24
@@ -109,6 +111,20 @@ class History(Struct):
     def trials(self) -> float:
         """Of the first stream: how much was learned."""
         return self.streams["fresh"].all_trials
+
+
+def lasted(level: History, usual: History, since_s: int, config: BlockRateConfig) -> bool:
+    """Whether a level of a day, but for its first two hours, was nearer to itself, in ln, than to what was usual."""
+    begin = since_s // 3_600
+    first = {begin % 24, (begin + 1) % 24} if config.adopt_s >= DAY_S else set()
+    for stream, counts in level.streams.items():
+        prior = usual.streams[stream].overall(config.prior_rate, config.prior_blocks)
+        trials = counts.all_trials - sum(counts.day_trials[hour] for hour in first)
+        blocks = counts.all_blocks - sum(counts.day_blocks[hour] for hour in first)
+        whole = counts.all_blocks / max(counts.all_trials, 1.0)
+        if blocks >= trials * math.sqrt(prior * whole) > 0:
+            return True
+    return False
 
 
 class Chart(Struct):

@@ -167,9 +167,10 @@ class LatencyTwo(StageTwo):
         alarm = None
         slow = last is not None and self._slow(state, last)
         if last is not None and slow:
+            goes_on = any(step.slow for step in state.steps if step.index > index - 2 * STEPS_MAX)
             for step in last.steps:
                 step.slow = True
-            if state.slow_since_s is None:
+            if state.slow_since_s is None or not goes_on:
                 state.slow_since_s = index * self._step_s
             both = before is not None and self._slow(state, before)
             if before is not None and both and last.chance_ln + before.chance_ln <= self._chance_ln:
@@ -182,7 +183,7 @@ class LatencyTwo(StageTwo):
                 state.history_index = index
         unusual = self._judge_past(state, (tenant, model), index)
         alarm = unusual if alarm is None else alarm
-        self._learn(state, index, STEPS if last is None else index - last.steps[0].index + 1)
+        self._learn(state, index, STEPS if last is None else index - last.steps[0].index + 1, slow=slow)
         return alarm
 
     def _judge_past(self, state: KeyState, where: tuple[str, str], index: int) -> Alarm | None:
@@ -266,9 +267,11 @@ class LatencyTwo(StageTwo):
         spread = max(1.4826 * deviations[len(deviations) // 2], SPREAD_FLOOR)
         return max(self._config.ratio_min, math.exp(middle + self._config.spread_factor * spread))
 
-    def _learn(self, state: KeyState, index: int, window_steps: int) -> None:
-        """Steps two windows old enter the baseline unless they were slow; those too old for any window go."""
-        lasted_s = 0 if state.slow_since_s is None else index * self._step_s - state.slow_since_s
+    def _learn(self, state: KeyState, index: int, window_steps: int, *, slow: bool) -> None:
+        """Steps two windows old enter the baseline unless they were slow; those too old for any window go.
+
+        A level lasts as long as windows are slow: one before a silence is no level of days."""
+        lasted_s = index * self._step_s - state.slow_since_s if slow and state.slow_since_s is not None else 0
         if lasted_s >= self._config.adopt_s:
             state.baseline, state.history, state.slow_since_s, state.learned_steps = {}, [], None, 0
             for step in state.steps:
@@ -302,7 +305,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[list[tuple[tuple[str, str], KeyState]],
 DETECTOR: Final = Detector(
     card=Card(
         name=NAME,
-        version="8",
+        version="9",
         atlas=["AML.T0029", "AML.T0034.001"],
         owasp=["LLM10"],
         runbook=[

@@ -2,8 +2,9 @@
 
 Promise (b) of docs/time.md made use of: the rows that were neither late, doubled nor quarantined, in order of
 (timestamp, event_id), all partitions at once. Each goes to the engine of its own partition with its own offset, so that
-a finding's evidence names the same offsets: byte for byte what the stages wrote. Not told again: coverage, since the
-store holds no control records. Rows of before retention began are gone, and baselines start later then.
+a finding's evidence names the same offsets: byte for byte what the stages wrote. The store holds no control records, so
+coverage is not told again, and a summary does not name the change of guard, model or adapter before a spike. Rows of
+before retention began are gone, and baselines start later then.
 
 Reads only, a page at a time. Memory: both stages and one page.
 """

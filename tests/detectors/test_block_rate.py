@@ -8,6 +8,7 @@ import pytest
 from collector.event import Change, encode, from_timestamp_us
 from detectors.block_rate import BlockRateTwo
 from detectors.block_rate_charts import (
+    DAY_S,
     SLOTS_A_WEEK,
     WEEK_S,
     Chart,
@@ -60,6 +61,30 @@ def test_revisions_of_a_model_that_are_gone_have_no_share_of_the_budget() -> Non
             two.second(START_US // 1_000_000 + week * 3 * WEEK_S, [("acme", f"m@{week}\nguard", cell)])
         thresholds.append({chart.threshold for chart in two._keys["acme\nm@51\nguard"].charts})
     assert thresholds[0] == thresholds[1]
+
+
+def test_a_burst_is_not_the_new_normal_where_few_ask() -> None:
+    """Two hundred requests a day, one in a hundred blocked, and on the eleventh day thirty blocks in ninety seconds:
+    the charts fall for longer than a day, and still the usual rate is what it was."""
+    rng = random.Random(53)  # noqa: S311 seeded on purpose
+    print("seed 53")
+    two = BlockRateTwo(CONFIG)
+    alarms, usual = 0, []
+    for day in range(14):
+        asked = [(rng.randrange(DAY_S), rng.random() < 0.01) for _ in range(200)]
+        asked += [(43_000 + 3 * number, True) for number in range(30)] if day == 10 else []
+        for at_s, blocked in sorted(asked):
+            second = START_US // 1_000_000 // DAY_S * DAY_S + day * DAY_S + at_s
+            cell = Cell()
+            cell.counts = {"requests": 1, "fresh_trials": 1, "distinct_trials": 1}
+            if blocked:
+                cell.counts |= {"blocks": 1, "fresh_blocks": 1, "distinct_blocks": 1}
+                cell.weights = {"blocked": {f"u_{at_s % 10}": 1}, "counted": {f"u_{at_s % 10}": 1}}
+                cell.samples = [(second * 1_000_000, str(second))]
+            alarms += len(two.second(second, [("acme", "m\nguard", cell)]))
+        usual.append(two._keys["acme\nm\nguard"].usual.streams["fresh"].overall(0.02, 20.0))
+    assert alarms
+    assert usual[-1] == pytest.approx(usual[9], rel=0.2)
 
 
 def test_slots_without_traffic_count_as_quiet() -> None:

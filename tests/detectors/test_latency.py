@@ -64,6 +64,18 @@ def test_a_model_so_slow_that_clients_give_up_is_told() -> None:
     assert found[0].statistic.observed > 2 * found[0].statistic.baseline
 
 
+def test_a_slow_window_before_two_days_of_silence_is_no_new_normal() -> None:
+    """What was usual before is so afterwards: a model that comes back four times as slow is told as slow."""
+    rng = np.random.default_rng(4)
+    before, after = np.arange(12_000) / 10, 2 * 86_400 + np.arange(1_200) / 10
+    slow = np.concatenate([np.where(before >= 1_190, 5, 1), np.full(len(after), 4)])
+    moment = (START_US + np.concatenate([before, after]) * SECOND_US).astype(np.int64)
+    found = passed(calls_of(moment, 200 * rng.lognormal(0, 0.1, len(slow)) * slow), CONFIG)
+    late = [each for each in found if each.first_seen_us > START_US + 86_400 * SECOND_US]
+    assert late[-1].statistic.name.startswith("median latency")
+    assert late[-1].statistic.observed > 3 * late[-1].statistic.baseline
+
+
 def test_half_of_a_doubling_is_told_after_two_days_of_its_own_past() -> None:
     """Half as slow again: no doubling, so only the past shows it; the finding says which statistic, at low severity."""
     rng = np.random.default_rng(2)
