@@ -27,6 +27,8 @@ from collector.minhash import MinHash
 KEY_BYTES: Final = 32
 API_KEYS_MAX: Final = 10_000
 RECENT_MAX: Final = 4_096
+PROXY: Final = "proxy"
+"""What events have in place of a key's name where the trusted proxy names the caller."""
 _KEY_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -322,6 +324,8 @@ class KeyRing:
 
 
 def _known(key_id: str, table: KeyTable, blinded: bytes) -> _Known:
+    if key_id == PROXY:
+        raise KeyProblem(f"API key [{key_id}]: events call the trusted proxy so; give the key another name")
     begins_s = table.not_before.timestamp() if table.not_before else -inf
     ends_s = table.expires.timestamp() if table.expires else inf
     if begins_s >= ends_s:

@@ -177,8 +177,13 @@ class Reader:
 
 @contextmanager
 def folder_lock(directory: Path) -> Iterator[None]:
-    """Held while boot folders are made, claimed or removed, so that nobody takes a new one for a dead one."""
+    """Held while boot folders are made, claimed or removed, so that nobody takes a new one for a dead one.
+
+    Raises PermissionError where others could put folders there.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if directory.stat().st_mode & 0o022:
+        raise PermissionError(f"{directory}: other users can write to the journal's folder; run chmod go-w {directory}")
     handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
-from collector.identity import KeyProblem, NotKnown, Principal, read_private
+from collector.identity import PROXY, KeyProblem, NotKnown, Principal, read_private
 from collector.identity_config import ProxyConfig
 
 NAME_BYTES_MAX: Final = 256
@@ -58,7 +58,7 @@ class TrustedProxy:
         if not user:
             raise NotKnown("no_user")
         said = _text(user)
-        return Principal(named, "proxy", said, session=_text(session), address=_text(address), meter=f"{named}\n{said}")
+        return Principal(named, PROXY, said, session=_text(session), address=_text(address), meter=f"{named}\n{said}")
 
     def _from_proxy(self, client: Any) -> bool:
         """`client` is None behind a Unix socket. A name that is no address is nobody's."""

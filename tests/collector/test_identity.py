@@ -283,6 +283,7 @@ def test_a_key_ring_knows_its_keys_and_no_others(tmp_path: Path) -> None:
         ("[k\n", "not valid TOML"),
         (f"[k]\nsha256='{'a' * 64}'\nuser='a'\n[l]\nsha256='{'a' * 64}'\nuser='b'\n", r"\[k\] and \[l\] are the same"),
         (f"['{CANARY} {CANARY}']\nuser='a'\n", "named by 1 to 64 letters"),
+        (f"[proxy]\nsha256='{'a' * 64}'\nuser='a'\n", "events call the trusted proxy so"),
     ],
 )
 def test_a_bad_file_of_api_keys_is_named_with_what_is_wrong(tmp_path: Path, text: str, told: str) -> None:

@@ -296,6 +296,14 @@ def test_a_journal_is_for_its_owner_only(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_folder_that_others_can_write_to_is_no_journal(tmp_path: Path) -> None:
+    """They could put a dead boot there whose records would be sent as ours."""
+    for mode in (0o777, 0o770):
+        tmp_path.chmod(mode)
+        with pytest.raises(PermissionError, match="run chmod go-w"):
+            Journal(_config(tmp_path), "b")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_of_one_megabyte_refuses_and_goes_on(tmp_path: Path) -> None:
     """ENOSPC from a real file system in mid-record: told, nothing half written, and with room it goes on."""
