@@ -33,6 +33,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _TRACESTATE_BYTES_MAX: Final = 512
 _WITH_USAGE: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+_LOADS: Final = {
+    "/api/generate": "prompt",
+    "/api/chat": "messages",
+    "/api/embed": "input",
+    "/api/embeddings": "prompt",
+    "/v1/completions": "prompt",
+}
+"""Where an empty field has Ollama load or unload a model, and nothing else."""
 _STREAMED: Final = {"accept": "text/event-stream, application/x-ndjson, application/json"}
 
 
@@ -95,7 +103,7 @@ class Proxy:
         relay = Relay(auditor, APIS.get(path, "vectors"), send)
         try:
             body = _parsed(raw)
-            self._permit(upstream, path, body)
+            await self._permit(upstream, path, body)
             asked = _written(self._asked(path, body, relay))
             self._begin(upstream, auditor, at_hand, body, relay)
             async with AsyncExitStack() as stack, asyncio.timeout(self._config.answer_timeout_s):
@@ -118,14 +126,16 @@ class Proxy:
         finally:
             relay.drop()
 
-    def _permit(self, upstream: Upstream, path: str, body: dict[str, Any]) -> None:
-        """Raises Refusal for what Ollama does beside inference on this host."""
+    async def _permit(self, upstream: Upstream, path: str, body: dict[str, Any]) -> None:
+        """Raises Refusal for what Ollama does beside inference on this host, UpstreamFailed where it can't be asked."""
         if self._config.kind != "ollama" or APIS.get(path) == "management":
             return
-        if not self._config.allow_remote_models and upstream.is_remote(body.get("model")):
-            raise Refusal(403, "remote_model", "This model is served from another host, which is not allowed here.")
-        prompt = {"/api/generate": "prompt", "/api/chat": "messages"}.get(path)
-        if prompt is not None and not body.get(prompt) and not self._config.allow_load:
+        if not self._config.allow_remote_models:
+            if await upstream.is_remote(body.get("model")):
+                raise Refusal(403, "remote_model", "This model is served from another host, which is not allowed here.")
+            if _searches(body.get("tools")):
+                raise Refusal(403, "web_search", "Searching the web by the model server is not allowed here.")
+        if path in _LOADS and not body.get(_LOADS[path]) and not self._config.allow_load:
             raise Refusal(403, "model_load", "Loading and unloading models is not open to clients here.")
 
     def _asked(self, path: str, body: dict[str, Any], relay: Relay) -> dict[str, Any]:
@@ -153,6 +163,12 @@ class Proxy:
                 blocked = True
         if blocked:
             raise Blocked
+
+
+def _searches(tools: object) -> bool:
+    """Whether a tool is one that Ollama works itself, by a service on the net, and not the client."""
+    kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return any(str(kind).strip().casefold().startswith("web_search") for kind in kinds)
 
 
 def _tell(what: str, error: Exception) -> None:

@@ -83,6 +83,7 @@ class Upstream:
         self._remote: frozenset[str] = frozenset()
         self._listing: asyncio.Task[None] | None = None
         self._listed_s = 0.0
+        self._listed = False
 
     async def close(self) -> None:
         """Close all connections."""
@@ -121,7 +122,7 @@ class Upstream:
         ollama = self._config.kind == "ollama"
         raw = await self.get("/api/tags" if ollama else "/v1/models")
         try:
-            listed = orjson.loads(raw)["models" if ollama else "data"]
+            listed = orjson.loads(raw)["models" if ollama else "data"] or ()
             entries = [entry for entry in listed if isinstance(entry, dict)][:10_000]
         except (ValueError, KeyError, TypeError):
             raise UpstreamFailed(502, "upstream_garbled") from None
@@ -131,6 +132,7 @@ class Upstream:
             if entry.get("remote_host") or entry.get("remote_model")
         )
         self._models = dict(map(_tagged if ollama else _named, entries))
+        self._listed = True
 
     def refresh(self, now_s: float, every_s: float = 10) -> None:
         """List the models again, in the background, where the list is old."""
@@ -149,10 +151,14 @@ class Upstream:
         asked = _folded(str(name)) if self._config.kind == "ollama" else str(name)
         return self._models.get(asked, UNKNOWN)
 
-    def is_remote(self, name: object) -> bool:
-        """Whether Ollama would send the prompt to another host."""
+    async def is_remote(self, name: object) -> bool:
+        """Whether Ollama would send the prompt to another host. Raises UpstreamFailed where it never said which do."""
         asked = _folded(str(name))
-        return asked in self._remote or asked.endswith((":cloud", "-cloud"))
+        if asked.endswith((":cloud", "-cloud")):
+            return True
+        if not self._listed:
+            await self.list_models()
+        return asked in self._remote
 
 
 def _client(config: ProxyConfig, secret: str) -> httpx.AsyncClient:
@@ -176,8 +182,9 @@ def _client(config: ProxyConfig, secret: str) -> httpx.AsyncClient:
 
 
 def _folded(name: str) -> str:
-    """Ollama takes names in any case, and `llama3` for `llama3:latest` of its own library."""
-    folded = name.casefold().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    """Ollama takes names in any case, with blanks, a scheme and `:local`, and `llama3` for its library's latest."""
+    folded = "".join(name.split()).casefold().rpartition("://")[2].removesuffix(":local")
+    folded = folded.removeprefix("registry.ollama.ai/").removeprefix("library/")
     return folded if ":" in folded.rpartition("/")[2] else f"{folded}:latest"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,9 +182,18 @@ class Running:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
+def free_port() -> Iterator[int]:
+    """A port that nobody listens on yet."""
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", 0))
+        yield int(free.getsockname()[1])
+
+
+@contextmanager
+def running(app: Any, *, port: int = 0) -> Iterator[str]:
     """An ASGI app on a port; its URL."""
-    config = {"host": "127.0.0.1", "port": 0, "log_level": "critical", "lifespan": "off", "http": "h11"}
+    config = {"host": "127.0.0.1", "port": port, "log_level": "critical", "lifespan": "off", "http": "h11"}
     server = Running(lambda: uvicorn.Server(uvicorn.Config(app, **config)))
     yield f"http://127.0.0.1:{server.port}"
     server.stop()

@@ -10,10 +10,11 @@ import pytest
 
 from collector.proxy_routes import MANAGEMENT, table
 from collector.routes import GateConfig
-from tests.collector.proxying import BOTH, Front, fronting, running
+from tests.collector.proxying import BOTH, Front, free_port, fronting, running
 from tests.sim.ollama import MODELS, REMOTE, Ollama
 
 MODEL = "tiny@" + "a" * 16
+HELLO: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 WITHHELD = "This answer was withheld by policy."
 
 
@@ -193,6 +194,16 @@ def test_an_opened_management_route_is_told_before_it_is_passed(upstream: tuple[
         ("/api/chat", {"model": REMOTE.upper(), "messages": [{"role": "user", "content": "hi"}]}, "remote_model"),
         ("/api/generate", {"model": "any:cloud", "prompt": "hi"}, "remote_model"),
         ("/api/generate", {"model": "any:120b-cloud", "prompt": "hi"}, "remote_model"),
+        ("/api/generate", {"model": "any:120b-cloud ", "prompt": "hi"}, "remote_model"),
+        ("/api/generate", {"model": "any:\u00a0CLOUD\n", "prompt": "hi"}, "remote_model"),
+        ("/api/generate", {"model": f"https://registry.ollama.ai/library/{REMOTE}", "prompt": "hi"}, "remote_model"),
+        ("/api/generate", {"model": f"{REMOTE}:local", "prompt": "hi"}, "remote_model"),
+        ("/v1/completions", {"model": "tiny", "prompt": ""}, "model_load"),
+        ("/api/embed", {"model": "tiny", "input": ""}, "model_load"),
+        ("/api/embed", {"model": "tiny", "input": [], "keep_alive": -1}, "model_load"),
+        ("/api/embeddings", {"model": "tiny", "prompt": ""}, "model_load"),
+        ("/v1/messages", HELLO | {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
+        ("/v1/messages", HELLO | {"tools": [{"type": " web_search"}]}, "web_search"),
     ],
 )
 def test_what_ollama_does_beside_inference_is_shut(
@@ -201,6 +212,17 @@ def test_what_ollama_does_beside_inference_is_shut(
     """Loading models, and sending prompts to other hosts; each is a rejection."""
     assert httpx.post(f"{front.url}{path}", json=body, headers=front.headers).status_code == 403
     assert (front.told(), asked(upstream[0])) == ([("rejected", reason, 403)], [])
+
+
+def test_no_prompt_goes_to_another_host_before_the_models_are_known(upstream: tuple[Ollama, str]) -> None:
+    """The proxy starts before Ollama does; the first request asks which models are served from elsewhere."""
+    with free_port() as port, fronting(f"http://127.0.0.1:{port}", kind="ollama") as front:
+        to = {"url": f"{front.url}/api/generate", "json": {"model": REMOTE, "prompt": "hi"}, "headers": front.headers}
+        assert httpx.post(**to).status_code == 502
+        with running(upstream[0], port=port):
+            assert httpx.post(**to).status_code == 403
+        assert [reason for _, reason, _ in front.told()] == ["server_refused", "remote_model"]
+        assert asked(upstream[0]) == []
 
 
 def test_a_model_that_is_not_there_is_an_error_without_its_name(upstream: tuple[Ollama, str], front: Front) -> None:
