@@ -25,6 +25,22 @@ _PROMPTS: Final = frozenset(
     {"messages", "prompt", "input", "instructions", "system", "template", "suffix", "context", "tools", "functions"}
     | {"documents", "chat_template", "chat_template_kwargs", "query", "text_1", "text_2"}
 )
+_FRAME: Final = frozenset({"tools", "functions", "chat_template"})
+_CHAT: Final = _FRAME | {"messages", "documents", "chat_template_kwargs"}
+_SCORED: Final = frozenset({"query", "text_1", "text_2", "documents"})
+_READ: Final[Mapping[str, frozenset[str]]] = {
+    "chat": _CHAT,
+    "completion": frozenset({"prompt", "suffix"}),
+    "responses": _FRAME | {"input", "instructions", "previous_input_messages"},
+    "messages": _FRAME | {"messages", "system"},
+    "generate": frozenset({"system", "template", "prompt", "suffix"}),
+    "rerank": _SCORED,
+    "score": _SCORED,
+}
+"""What is read of a body, by operation; a prompt's field where another operation has it may be read by a server too."""
+_COUNTS: Final = ("n", "max_tokens", "max_completion_tokens", "max_output_tokens")
+_N_MAX: Final = 65_536
+_TOKENS_MAX: Final = 2**53
 _SETTINGS: Final = frozenset(
     {"model", "user", "session_id", "stop", "stream", "stream_options", "tool_choice", "metadata", "service_tier"}
     | {"temperature", "top_p", "top_k", "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "seed", "echo"}
@@ -52,10 +68,11 @@ def read(operation: str, body: Body) -> tuple[PromptView, ...]:
         raise Refusal(400, "private_field", "The request's body has a field that is not for clients.")
     if body.get("previous_response_id") or body.get("conversation"):
         raise Refusal(400, "stateful", "Earlier responses are not kept here: send the whole conversation.")
+    _check_types(body)
     if body.get("context"):
         return ()  # token ids of any text: no guard can read them
     found = _READERS.get(operation, _shared)(operation, body)
-    aside = _aside(body)
+    aside = _aside(body, _read_of(operation, body))
     if not aside:
         return found
     return tuple(PromptView((*view.turns, Turn("user", aside)), "messages") for view in found)
@@ -77,12 +94,31 @@ def _check_keys(value: object, depth: int) -> None:
                 _check_keys(entry, depth + 1)
 
 
-def _aside(body: Body) -> str:
+def _check_types(body: Body) -> None:
+    """What the event says of a request must be what the server takes it for: some take 1 for true and "2" for 2."""
+    stream, options = body.get("stream"), body.get("stream_options")
+    good = isinstance(stream, bool | None) and isinstance(options, dict | None)
+    if not good or any(body.get(name) is not None and not _whole(body[name]) for name in _COUNTS):
+        raise Refusal(400, "odd_type", "The request's body has a field of another type than it has in this API.")
+
+
+def _whole(value: object) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+
+
+def _read_of(operation: str, body: Body) -> frozenset[str]:
+    """The fields that the operation's reader reads."""
+    if operation != "embedding":
+        return _READ.get(operation, frozenset())
+    if "prompt" in body and "input" not in body:
+        return frozenset({"prompt"})
+    return _CHAT if "messages" in body else frozenset({"input"})
+
+
+def _aside(body: Body, read_: frozenset[str]) -> str:
     """What stands where nobody looks for a prompt."""
     return "\n".join(
-        chain.from_iterable(
-            strings(entry) for key, entry in body.items() if key not in _PROMPTS and key not in _SETTINGS
-        )
+        chain.from_iterable(strings(entry) for key, entry in body.items() if key not in read_ and key not in _SETTINGS)
     )
 
 
@@ -135,7 +171,7 @@ def requests(operation: str, body: Body, *, native: bool) -> Iterator[EngineRequ
     stream = body.get("stream")
     settings: dict[str, Any] = {
         "max_tokens": _max_tokens(body),
-        "n": _count(body.get("n")) or 1,
+        "n": _count(body.get("n"), _N_MAX) or 1,
         "stream": stream is True or (native and stream is None and operation != "embedding"),
     }
     for view in found or (None,):
@@ -147,8 +183,8 @@ def _max_tokens(body: Body) -> int:
     options = body.get("options")
     asked = [body.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
     asked += [options.get("num_predict")] if isinstance(options, Mapping) else []
-    return max(map(_count, asked))
+    return max(_count(value, _TOKENS_MAX) for value in asked)
 
 
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536 else 0
+def _count(value: object, most: int) -> int:
+    return min(max(int(value), 0), most) if isinstance(value, int | float) and _whole(value) else 0

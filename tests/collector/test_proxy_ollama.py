@@ -152,6 +152,15 @@ def test_what_stands_beside_the_prompt_is_judged_too(
     assert asked(upstream[0]) == []
 
 
+def test_of_two_prompts_in_a_body_the_one_that_ollama_reads_is_judged(
+    upstream: tuple[Ollama, str], front: Front
+) -> None:
+    """Its older route for embeddings reads `prompt`, whatever stands in `input`."""
+    body = {"model": "tiny", "prompt": "blockme", "input": "fine"}
+    assert httpx.post(f"{front.url}/api/embeddings", json=body, headers=front.headers).status_code == 403
+    assert asked(upstream[0]) == []
+
+
 def test_token_ids_that_no_guard_can_read_are_refused(upstream: tuple[Ollama, str], front: Front) -> None:
     """`context` is a prompt in numbers."""
     body = {"model": "tiny", "prompt": "fine", "context": [1, 2, 3]}

@@ -157,6 +157,13 @@ def test_several_prompts_are_several_events_that_share_the_counts(upstream: tupl
     assert len(upstream[0].bodies) == 1
 
 
+@pytest.mark.parametrize(("asked", "told"), [(131_072, 131_072), (100.0, 100), (-1, 0), (None, 0), (10**30, 2**53)])
+def test_an_event_says_how_many_tokens_were_asked_for(front: Front, asked: float | None, told: int) -> None:
+    """However many."""
+    assert post(front, {**BODY, "max_tokens": asked}).status_code == 200
+    assert front.events[0].max_tokens == told
+
+
 def test_a_stream_passes_as_it_comes(upstream: tuple[Server, str], front: Front) -> None:
     """The first words are there long before the last; the event times both."""
     upstream[0].pause_s = 0.3
@@ -398,6 +405,15 @@ def test_tool_calls_and_reasoning_are_answers_too() -> None:
         ("/v1/rerank", {"model": "m", "query": "blockme", "documents": ["a"]}, "guard"),
         ("/v1/score", {"model": "m", "text_1": "a", "text_2": ["b", "blockme"]}, "guard"),
         (CHAT, {**BODY, "prompt_extra": "blockme"}, "guard"),
+        *((CHAT, {**BODY, field: "blockme"}, "guard") for field in ("system", "prompt", "input", "template", "query")),
+        ("/v1/messages", {**BODY, "documents": ["blockme"]}, "guard"),
+        ("/v1/completions", {"model": "m", "prompt": "fine", "messages": [{"content": "blockme"}]}, "guard"),
+        ("/v1/embeddings", {"model": "m", "input": "fine", "prompt": "blockme"}, "guard"),
+        ("/v1/embeddings", {"model": "m", "input": "blockme", **BODY}, "guard"),
+        *((CHAT, {**BODY, "stream": odd}, "odd_type") for odd in (1, "true", [])),
+        (CHAT, {**STREAM, "stream_options": "x"}, "odd_type"),
+        *((CHAT, {**BODY, "n": odd}, "odd_type") for odd in ("2", 2.5, True)),
+        (CHAT, {**BODY, "max_tokens": "100"}, "odd_type"),
     ],
 )
 def test_what_can_not_be_read_in_one_way_is_refused(
