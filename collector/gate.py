@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -24,9 +24,9 @@ from collector.context import NOBODY, Exchange, exchange
 from collector.deadlines import Deadlines
 from collector.judging import Crowded
 from collector.media import items
-from collector.prompt import TURNS_MAX, Body, PromptView, TooMany, views
+from collector.prompt import TURNS_MAX, Body, PromptView, TooMany, check_lists, views
 from collector.prompt_words import TooDeep
-from collector.requests import Refusal, admit, caller_of, parse, path_of, read_body, stranger
+from collector.requests import Refusal, admit, caller_of, check_fields, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
 from collector.trace import trace_id
 from collector.uuid7 import uuid7
@@ -38,9 +38,12 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+T = TypeVar("T")
 Reader = Callable[[str, Body], tuple[PromptView, ...]]
 
 REQUEST_ID_HEADER: Final = b"inferwatch-request-id"
+_RENDERING: Final = frozenset({"tokenize", "render"})
+"""What harmless routes do that read prompts. They fetch the media in them, as the engine's own routes do."""
 _INLINE_BYTES_MAX: Final = 65_536
 """Bodies up to this are read and, where no guard judges them, hashed on the event loop: some 10 µs a KB, while handing
 over to a thread and back costs 50 to 100 µs each time, and the interpreter lets one of them run anyway."""
@@ -144,6 +147,8 @@ class Gate:
         if route.handling == "audited":
             await self._pass(auditor, at_hand, scope, replayed, send)
         else:
+            # A server that begins a request within the answer of the last one on the connection hands its context on.
+            exchange.set(None)
             await self._app(scope, replayed, send)
 
     async def _enter(
@@ -160,6 +165,9 @@ class Gate:
                 body = await self._judge(auditor, scope, route, at_hand, body or b"")
             elif route.handling == "own":
                 body = await guard_api.answer(auditor, scope, at_hand, body or b"")
+            elif route.operation in _RENDERING:
+                body = body or b""
+                await self._media(auditor, at_hand, await _worked(auditor, body, parse, body), body)
         except Refusal:
             raise
         except TooDeep:
@@ -198,38 +206,42 @@ class Gate:
         gate = auditor.gate
         of_key = at_hand.lease.body_bytes_max if at_hand.lease is not None else 0
         bytes_max = min(gate.body_bytes_max, of_key or gate.body_bytes_max)
-        if self._buffered_bytes > gate.buffered_bytes_max:
-            raise Refusal(503, "busy", "Too many requests are being read. Try again later.")
 
         def count(size: int) -> None:
             at_hand.body_bytes += size
             self._buffered_bytes += size
+            if self._buffered_bytes > gate.buffered_bytes_max:
+                raise Refusal(503, "busy", "Too many requests are being read. Try again later.")
 
         try:
             return await self._body_deadlines.within(read_body(scope, receive, bytes_max, count))
         except TimeoutError:
             raise Refusal(408, "slow_body", "The request's body did not arrive in time.") from None
 
-    async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> bytes:
-        """Read the body, learn who is spoken for, and judge what it says. Returns it, without what was taken out."""
-        large = len(raw) > _INLINE_BYTES_MAX
-        body = await auditor.threads.admit(parse, raw) if large else parse(raw)
-        if "user" in body or "session_id" in body:
-            at_hand.caller = caller_of(scope, auditor, at_hand, body)
-        if body.get("background"):
-            raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
-        prompts = self._read(route.operation, body)
-        if sum(len(view.turns) for view in prompts) > TURNS_MAX:
-            raise TooMany
-        found = await auditor.threads.admit(items, body) if large else items(body)
-        caller = at_hand.caller
+    async def _media(
+        self, auditor: Auditor, at_hand: Exchange, body: Body, raw: bytes, prompts: tuple[PromptView, ...] = ()
+    ) -> None:
+        """What the body holds beside text, by the tenant's policy. Raises `Refusal`."""
+        found = await _worked(auditor, raw, items, body)
         if found:
             asked = prompts[0].prompt if prompts else ""
-            judging = auditor.threads.admit(auditor.judge_media, found, caller, at_hand.route, asked)
+            judging = auditor.threads.admit(auditor.judge_media, found, at_hand.caller, at_hand.route, asked)
             at_hand.media, at_hand.media_verdicts, passes = await judging
             if not passes:
                 raise Refusal(403, "media", "Images, sound and films are not allowed in prompts here.")
 
+    async def _judge(self, auditor: Auditor, scope: Scope, route: Route, at_hand: Exchange, raw: bytes) -> bytes:
+        """Read the body, learn who is spoken for, and judge what it says. Returns it, without what was taken out."""
+        body = await _worked(auditor, raw, parse, raw)
+        if "user" in body or "session_id" in body:
+            at_hand.caller = caller_of(scope, auditor, at_hand, body)
+        check_fields(body, kv_transfer=auditor.gate.kv_transfer)
+        check_lists(body)
+        prompts = await _worked(auditor, raw, self._read, route.operation, body)
+        if sum(len(view.turns) for view in prompts) > TURNS_MAX:
+            raise TooMany
+        await self._media(auditor, at_hand, body, raw, prompts)
+        caller = at_hand.caller
         if auditor.drops(caller, at_hand.route):
             await auditor.threads.admit(auditor.sift, route.operation, body, at_hand, prompts)
             if at_hand.chunks_removed:
@@ -238,7 +250,7 @@ class Gate:
         def judge(found: tuple[PromptView, ...]) -> list[Any]:
             return [auditor.judge(view, caller, at_hand.route) for view in found]
 
-        inline = not large and not auditor.judges_prompts
+        inline = len(raw) <= _INLINE_BYTES_MAX and not auditor.judges_prompts
         at_hand.prompts = judge(prompts) if inline else await auditor.threads.admit(judge, prompts)
         return raw
 
@@ -288,6 +300,11 @@ class Gate:
             refusal = earlier
         _audited(auditor, scope, at_hand, refusal)
         await send({"type": "websocket.close", "code": 1008})
+
+
+async def _worked(auditor: Auditor, raw: bytes, work: Callable[..., T], *arguments: object) -> T:
+    """What `work` gives, which reads a body; where that is large, a thread does it."""
+    return work(*arguments) if len(raw) <= _INLINE_BYTES_MAX else await auditor.threads.admit(work, *arguments)
 
 
 def _settle(auditor: Auditor, at_hand: Exchange, reason: str, http_status: int) -> None:

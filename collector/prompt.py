@@ -16,10 +16,10 @@ from collector.event import Stage
 Body = Mapping[str, object]
 Role = Literal["system", "user", "assistant", "tool", "document"]
 
-VIEWS_MAX: Final = 4096
-"""Prompts in one body beyond this are not viewed; the engine plugin reads them rendered."""
 TURNS_MAX: Final = 4096
-"""Messages and documents of one request; each is judged by itself, which takes a millisecond and more."""
+"""Messages, prompts and documents of one request; each is judged by itself, which takes a millisecond and more, and
+each prompt has its event.
+"""
 _BEGINNING: Final = 64
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -39,7 +39,7 @@ _PLAIN: Final = frozenset({"role", "content"})
 
 
 class TooMany(ValueError):
-    """A body has more than `TURNS_MAX` messages, documents or chunks."""
+    """A body has more than `TURNS_MAX` messages, prompts, documents or chunks."""
 
 
 class Turn(NamedTuple):
@@ -148,8 +148,14 @@ def views(operation: str, body: Body) -> tuple[PromptView, ...]:
     if operation == "invocation":
         operation = next((name for key, name in _INVOCATIONS.items() if key in body), "")
     reader = _READERS.get(operation)
-    found = tuple(reader(body)) if reader is not None else ()
-    return found if len(found) <= VIEWS_MAX else ()
+    return tuple(reader(body)) if reader is not None else ()
+
+
+def check_lists(body: Body) -> None:
+    """Raises `TooMany` for a list that may be more prompts than a request has; one of token ids is one prompt."""
+    for value in body.values():
+        if isinstance(value, list) and len(value) > TURNS_MAX and not all(isinstance(each, int) for each in value):
+            raise TooMany
 
 
 def _joined(texts: Sequence[str]) -> str:

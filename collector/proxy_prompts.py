@@ -60,14 +60,11 @@ _KNOWN: Final = (
 def read(operation: str, body: Body) -> tuple[PromptView, ...]:
     """The prompts of a body, as `collector.prompt.views` gives them.
 
-    Raises `Refusal` for a body that two parsers may read in two ways or that speaks of what the server remembers, and
-    `TooDeep`.
+    Raises `Refusal` for a body that two parsers may read in two ways, and `TooDeep`.
     """
     _check_keys(body, 0)
     if any(key.startswith("_") for key in body):
         raise Refusal(400, "private_field", "The request's body has a field that is not for clients.")
-    if body.get("previous_response_id") or body.get("conversation"):
-        raise Refusal(400, "stateful", "Earlier responses are not kept here: send the whole conversation.")
     _check_types(body)
     if body.get("context"):
         return ()  # token ids of any text: no guard can read them

@@ -21,6 +21,7 @@ _SINGLE: Final = frozenset(
 _CLOSE: Final = ((b"connection", b"close"),)
 _SECRET: Final = re.compile(rb"[!-+\--~]{1,8192}")
 """Visible ASCII without a comma."""
+_CACHES: Final = ("kv_transfer_params", "ec_transfer_params")
 NO_BODY: Final[Mapping[str, object]] = {}
 
 
@@ -170,19 +171,18 @@ async def read_body(
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > bytes_max):
         raise _too_large(bytes_max)
-    pieces, size = [], 0
+    body = bytearray()  # a piece of one byte takes 40 as an object of its own
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Refusal(499, "client_gone", "The client has gone.")
         piece = message.get("body", b"")
-        size += len(piece)
-        if size > bytes_max:
+        if len(body) + len(piece) > bytes_max:
             raise _too_large(bytes_max)
         count(len(piece))
-        pieces.append(piece)
+        body += piece
         if not message.get("more_body", False):
-            return b"".join(pieces)
+            return bytes(body)
 
 
 def _too_large(bytes_max: int) -> Refusal:
@@ -216,3 +216,22 @@ def parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refusal(400, "not_an_object", "The request's body must be a JSON object.")
     return body
+
+
+def check_fields(body: Mapping[str, object], *, kv_transfer: bool) -> None:
+    """Raises `Refusal` for a body that asks for more than its own prompt: an answer that a refused road would fetch,
+    another's earlier conversation, or, unless `kv_transfer`, what another engine has cached of any prompt.
+    """
+    if body.get("background"):
+        raise Refusal(400, "background", "Background responses are not served here: send the request without it.")
+    if body.get("previous_response_id") or body.get("conversation"):
+        raise Refusal(400, "stateful", "Earlier responses are not kept here: send the whole conversation.")
+    if not kv_transfer and _names_caches(body, 4):
+        raise Refusal(400, "kv_transfer", "Caches of other engines are not open to clients here.")
+
+
+def _names_caches(value: Mapping[str, object], depth: int) -> bool:
+    """Whether an object, or one within it, names caches of other engines."""
+    if any(value.get(name) for name in _CACHES):
+        return True
+    return depth > 0 and any(_names_caches(entry, depth - 1) for entry in value.values() if isinstance(entry, dict))

@@ -165,7 +165,11 @@ class GateConfig(BaseModel):
     blocked_text: str = Field(
         "This answer was withheld by policy.", min_length=1, max_length=1_000, description="Put for a blocked answer."
     )
-
+    kv_transfer: bool = Field(
+        False,
+        description="Let requests name what other engines have cached (kv_transfer_params), as the router of engines "
+        "for prefill and decode does. Whoever may can have others' prompts answered: leave no key to anyone else.",
+    )
     markers: tuple[tuple[str, str], ...] = Field(
         (),
         max_length=16,

@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import threading
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
+from collector.context import exchange
+from collector.prompt import views
+from collector.requests import read_body
 from collector.routes import GateConfig
-from tests.collector.gating import BODY, CHAT, Site
+from tests.collector.gating import BODY, CHAT, Site, lifespan
 
 
 @pytest.mark.parametrize(
@@ -164,3 +169,123 @@ async def test_no_canary_in_any_rejection_log_or_answer(
     written = "".join(map(str, site.publisher.rejections)) + "".join(answer.text for answer in answers)
     out, err = capfd.readouterr()
     assert canary not in written + out + err
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 4_097}),
+        ("/v1/completions", {"prompt": [[1]] * 4_097}),
+        ("/v1/embeddings", {"input": ["a"] * 4_097}),
+        ("/rerank", {"query": "q", "documents": ["a"] * 4_097}),
+        ("/generative_scoring", {"items": ["a"] * 4_097}),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}] * 4_097}),
+    ],
+)
+async def test_one_request_is_at_most_so_many_prompts(site: Site, path: str, body: dict[str, Any]) -> None:
+    """Each would be an engine request and an event; a client counts requests."""
+    assert (await site.send("POST", path, json=body)).status_code == 400
+    assert (site.app.bodies, site.reasons) == ([], [("too_many", 400)])
+
+
+async def test_one_long_prompt_in_token_ids_is_one_prompt(site: Site) -> None:
+    """However many they are."""
+    assert (await site.send("POST", "/v1/completions", json={"prompt": [7] * 50_000})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"previous_response_id": "resp_of_bob"}, "stateful"),
+        ({"conversation": "conv_of_bob"}, "stateful"),
+        ({"background": True}, "background"),
+        ({"kv_transfer_params": {"do_remote_prefill": True, "remote_block_ids": [1]}}, "kv_transfer"),
+        ({"sampling_params": {"extra_args": {"kv_transfer_params": {"do_remote_prefill": True}}}}, "kv_transfer"),
+        ({"ec_transfer_params": {"k": "v"}}, "kv_transfer"),
+    ],
+)
+async def test_nobody_is_answered_from_what_belongs_to_others(site: Site, body: dict[str, Any], reason: str) -> None:
+    """Earlier responses and caches are found by their names alone, and the server does not ask whose they are."""
+    assert (await site.send("POST", "/v1/responses", json={"input": "hi", **body})).status_code == 400
+    assert (site.app.bodies, site.reasons) == ([], [(reason, 400)])
+
+
+async def test_a_router_may_name_caches_where_the_operator_says_so() -> None:
+    """As with prefill and decode on engines of their own."""
+    site = Site(GateConfig(kv_transfer=True))
+    body = {**BODY, "kv_transfer_params": {"do_remote_decode": True}}
+    assert (await site.send("POST", CHAT, json=body)).status_code == 200
+
+
+async def test_bodies_that_come_together_stay_within_the_buffer() -> None:
+    """All had begun while there was room; those that find none are refused, and what they held is free again."""
+    site = Site(GateConfig(buffered_bytes_max=1_048_576, body_bytes_max=1_048_576))
+    await lifespan(site.gate)
+    begun, peak = asyncio.Event(), 0
+
+    async def ask() -> int:
+        pieces, answers = 0, []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal pieces, peak
+            peak = max(peak, site.gate._buffered_bytes)
+            pieces += 1
+            if pieces == 2:
+                await begun.wait()
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b" " * 1_000, "more_body": pieces < 900}
+
+        async def send(message: Any) -> None:
+            answers.append(message.get("status"))
+
+        headers = [(b"authorization", b"Bearer " + site.key.encode())]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "headers": headers}
+        await site.gate(scope, receive, send)
+        return int(answers[0])
+
+    asking = [asyncio.ensure_future(ask()) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    begun.set()
+    answers = await asyncio.gather(*asking)
+    assert (peak <= 1_048_576 + 20_000, 503 in answers, site.gate._buffered_bytes) == (True, True, 0)
+
+
+async def test_a_body_in_single_bytes_takes_no_more_memory_than_its_length() -> None:
+    """And what its copy takes."""
+    sent = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        sent += 1
+        return {"type": "http.request", "body": bytes([sent % 256]), "more_body": sent < 200_000}
+
+    tracemalloc.start()
+    body = await read_body({"headers": []}, receive, 200_000, lambda _: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(body), peak < 1_000_000) == (200_000, True)
+
+
+async def test_a_server_that_hands_its_context_on_says_nothing_of_who_asked_before(site: Site) -> None:
+    """uvicorn begins a pipelined request within the answer of the one before."""
+    await site.send("POST", CHAT, json=BODY)
+    token = exchange.set(site.app.exchanges[0])
+    try:
+        await site.send("GET", "/v1/models")
+    finally:
+        exchange.reset(token)
+    assert site.app.exchanges[1] is None
+
+
+async def test_a_large_body_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of a megabyte in small parts takes a third of a second, in which others are answered."""
+    site, threads = Site(GateConfig(), guarded=False), []
+
+    def read(operation: str, body: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return views(operation, body)
+
+    monkeypatch.setattr(site.gate, "_read", read)
+    for words in (1, 20_000):
+        await site.send("POST", CHAT, json={"messages": [{"role": "user", "content": "word " * words}]})
+    assert threads == [True, False]

@@ -50,6 +50,21 @@ async def test_harmless_routes_need_a_key_and_no_event(site: Site) -> None:
     assert site.reasons == []
 
 
+RENDERING = ("/tokenize", "/v1/messages/count_tokens", "/v1/chat/completions/render", "/v1/responses/render")
+
+
+@pytest.mark.parametrize("path", RENDERING)
+@pytest.mark.parametrize(("policy", "status"), [("deny", 403), ("allow", 200), ("guard", 403)])
+async def test_media_pass_no_harmless_route_that_they_may_not_pass_elsewhere(
+    path: str, policy: Any, status: int
+) -> None:
+    """Whatever renders a prompt fetches its pictures, from any address that a client names."""
+    site = Site(GateConfig(media=policy))
+    part = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/x.png"}}
+    assert (await site.send("POST", path, json=chat_with(part))).status_code == status
+    assert (len(site.app.bodies), site.reasons) == ((1, []) if status == 200 else (0, [("media", 403)]))
+
+
 async def test_open_routes_are_harmless_gets_alone() -> None:
     """/metrics can be opened to a scraper; what works the engine can't be opened."""
     site = Site(GateConfig(open_routes=("/metrics",)))

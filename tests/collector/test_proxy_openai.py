@@ -164,6 +164,18 @@ def test_an_event_says_how_many_tokens_were_asked_for(front: Front, asked: float
     assert front.events[0].max_tokens == told
 
 
+def test_a_pipelined_request_is_nobody_elses(front: Front) -> None:
+    """The list of models, asked within a chat's answer, is the list, and no event of who chatted."""
+    head = f"HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.key}\r\n"
+    raw = json.dumps(BODY)
+    sent = f"POST {CHAT} {head}content-length: {len(raw)}\r\n\r\n{raw}GET /v1/models {head}connection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", front.port), 10) as to:
+        to.sendall(sent.encode())
+        answer = b"".join(iter(lambda: to.recv(65_536), b""))
+    assert (answer.count(b"HTTP/1.1 200 "), b'"object":"list"' in answer) == (2, True)
+    assert front.told() == [("ok", "", 200)]
+
+
 def test_a_stream_passes_as_it_comes(upstream: tuple[Server, str], front: Front) -> None:
     """The first words are there long before the last; the event times both."""
     upstream[0].pause_s = 0.3
