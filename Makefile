@@ -74,8 +74,10 @@ bench: .venv/.made engine ## every benchmark, one JSON object each (docs/benchma
 
 soak-short: .venv/.made ## tests marked long, the sidecar's where it is made, 1,000 schedules, each fault of the crash battery
 	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/collector tests/streams tests/detectors tests/sim
-	@[ ! -x .venv-engine/bin/python ] || .venv-engine/bin/python -m pytest -q -m long tests/engine
-	@[ ! -x .venv-guards/bin/python ] || .venv-guards/bin/python -m pytest -q tests/guards
+	@code=0; engine=; \
+	if [ -x .venv-engine/bin/python ]; then .venv-engine/bin/python -m pytest -q -m long tests/engine & engine=$$!; fi; \
+	if [ -x .venv-guards/bin/python ]; then .venv-guards/bin/python -m pytest -q tests/guards || code=1; fi; \
+	[ -z "$$engine" ] || wait $$engine || code=1; exit $$code
 	INFERWATCH_SCHEDULES=1000 INFERWATCH_SOAK_ROUNDS=11 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE) -rP tests/sim/test_schedules.py tests/soak/test_battery.py $(ARGS)
 
 soak: .venv/.made ## the long batteries, the crash battery with 200 rounds among them
