@@ -26,7 +26,7 @@ from collector.judging import Crowded
 from collector.media import items
 from collector.prompt import TURNS_MAX, Body, PromptView, TooMany, check_lists, views
 from collector.prompt_words import TooDeep
-from collector.requests import Refusal, admit, caller_of, check_fields, parse, path_of, read_body, stranger
+from collector.requests import CLOSE, Refusal, admit, caller_of, check_fields, parse, path_of, read_body, stranger
 from collector.routes import VLLM, Route, RouteTable
 from collector.trace import trace_id
 from collector.uuid7 import uuid7
@@ -58,6 +58,7 @@ class Gate:
     prompts of a body by the route's operation; what it refuses as a `Refusal` does not pass.
     `selftest`: awaited once the auditor is there, before anything is answered: sends a request through what is behind
     the gate and sees that it has its event. What it raises stops the server's start too.
+    `crowded`: whether the server has more clients than it takes at once; then a request is refused.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Gate:
         routes: RouteTable = VLLM,
         read: Reader = views,
         selftest: Callable[[Scope, Auditor], Awaitable[None]] | None = None,
+        crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app, self._open, self._stop, self._selftest = app, auditor, stop, selftest
-        self._routes, self._read = routes, read
+        self._routes, self._read, self._crowded = routes, read, crowded
         self._auditor: Auditor | None = None
         self._opening = asyncio.Lock()
         self._buffered_bytes = 0
@@ -191,6 +193,8 @@ class Gate:
         """Who asks for what. The key comes first: strangers do not learn which routes there are."""
         path, gate = path_of(scope), auditor.gate
         route, at_hand.route = self._routes.find(scope["method"], path), self._routes.label(scope["method"], path)
+        if self._crowded():
+            raise Refusal(503, "busy", "Too many clients are connected. Try again later.", CLOSE)
         if scope["method"] == "GET" and path in gate.open_routes:
             return route or Route("refused", "")
         at_hand.caller = caller_of(scope, auditor, at_hand)

@@ -59,7 +59,7 @@ class Proxy:
             await self._lifespan(receive, send)
             return
         upstream = self._reach()
-        upstream.refresh(asyncio.get_running_loop().time())
+        upstream.refresh()
         at_hand = exchange.get()
         if at_hand is None:
             await self._harmless(upstream, str(scope["path"]), send)
@@ -87,7 +87,7 @@ class Proxy:
         """Lists of models are passed on; health is whether there is one."""
         try:
             if path == "/health":
-                await upstream.list_models()
+                await upstream.check()
                 raw = b'{"status":"ok"}'
             else:
                 raw = orjson.dumps(orjson.loads(await upstream.get(path)))

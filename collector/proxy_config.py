@@ -36,7 +36,9 @@ class ProxyConfig(BaseModel):
     answer_bytes_max: int = Field(
         33_554_432, ge=65_536, description="Largest answer, streams too; beyond it 502, or the stream ends"
     )
-    connections_max: int = Field(512, ge=1, le=65_536, description="Connections to the upstream, and clients at once")
+    connections_max: int = Field(
+        512, ge=1, le=65_536, description="Connections to the upstream, and clients at once; then 503"
+    )
     ask_usage: bool = Field(
         True, description="Ask streams of the OpenAI API for their token counts; clients that did not ask don't see it"
     )

@@ -1,13 +1,16 @@
 """Cuts a stream into its frames as they come: server-sent events, or lines of NDJSON. Pure.
 
 A frame is handed on as the very bytes that came, once it is whole, with what it says beside it. SSE as in the WHATWG
-HTML standard, section 9.2, of which inference servers use `event`, `data` and comments; lines end with LF or CRLF.
+HTML standard, section 9.2, of which inference servers use `event`, `data` and comments; lines end with LF or CRLF. What
+a client would read there and this does not, behind a CR alone or a byte order mark, is garbled.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
+
+_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class Garbled(ValueError):
@@ -56,6 +59,8 @@ class Frames:
             if line.strip():
                 yield Frame(line, _object(line))
             return
+        if b"\r" in line[:-2] or line.startswith(_ORDER_MARK):
+            raise Garbled("a line does not end or begin as it must")
         self._event.append(line)
         if line.strip(b"\r\n"):
             return

@@ -1,7 +1,8 @@
 """The proxy as a server: uvicorn with h11, stricter than it comes. The only file that imports uvicorn.
 
 What h11 can't read as one HTTP/1.1 request is refused and the connection closed; since no app ever sees it, its event
-is written from here. A client that takes too long to send a request's head is cut off.
+is written from here. A client that takes too long to send a request's head, or to read what it has asked for, is cut
+off.
 """
 
 import asyncio
@@ -34,20 +35,37 @@ log = structlog.get_logger(__name__)
 
 _HEAD_TIMEOUT_S: Final = 10.0
 _HEAD_BYTES_MAX: Final = 32_768
+_STALL_TIMEOUT_S: Final = 60.0
+_REFUSED_AT_ONCE: Final = 64
+"""Clients over `connections_max` whose requests are still read, so that each refusal has its event."""
 
 
 class StrictH11(H11Protocol):
     """One connection. `unread`: told the address of a client whose request could not be read."""
 
-    def __init__(self, *args: Any, unread: Callable[[str], None], **settings: Any) -> None:
+    def __init__(self, *args: Any, unread: Callable[[str], None], connections_max: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._unread = unread
+        self._unread, self._connections_max = unread, connections_max
         self._deadline: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """A client is there; its first request must come in time."""
+        """A client is there; its first request must come in time, and where it is one too many, it asks for nothing."""
         super().connection_made(transport)
+        if len(self.connections) > self._connections_max + _REFUSED_AT_ONCE:
+            transport.abort()
         self._watch()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is sent to: it has only so long."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(_STALL_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came: a request that is in the middle of its head has only so long."""
@@ -61,8 +79,9 @@ class StrictH11(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._stall):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -96,7 +115,15 @@ class Site:
         self._auditor: Auditor | None = None
         proxy = Proxy(config, upstream=lambda: Upstream(config, secret), auditor=self.auditor)
         routes = table(config.kind, config.open_management)
-        self._gate = Gate(proxy, auditor=lambda _: self._opened(), stop=self._stop, routes=routes, read=read)
+        self._gate = Gate(
+            proxy,
+            auditor=lambda _: self._opened(),
+            stop=self._stop,
+            routes=routes,
+            read=read,
+            crowded=self._crowded,
+        )
+        self._server: uvicorn.Server | None = None
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         """The ASGI app. What it fails with is named, not shown: the server's own trace may quote what was sent."""
@@ -127,12 +154,15 @@ class Site:
             caller = auditor.caller(auditor.gate.tenant, address=address)
             auditor.reject(Exchange(uuid7(), caller), reason="bad_http", http_status=400)
 
+    def _crowded(self) -> bool:
+        return self._server is not None and len(self._server.server_state.connections) > self.config.connections_max
+
     def server(self) -> uvicorn.Server:
         """The server, ready to run."""
         # uvicorn calls it to make a protocol, and wants a class by its types alone.
-        protocol = cast(Any, partial(StrictH11, unread=self._unread))
         config = self.config
-        return uvicorn.Server(
+        protocol = cast(Any, partial(StrictH11, unread=self._unread, connections_max=config.connections_max))
+        self._server = uvicorn.Server(
             uvicorn.Config(
                 self.app,
                 host=config.host,
@@ -145,7 +175,6 @@ class Site:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=config.connections_max,
                 timeout_keep_alive=10,
                 timeout_graceful_shutdown=20,
                 h11_max_incomplete_event_size=_HEAD_BYTES_MAX,
@@ -153,6 +182,7 @@ class Site:
                 ssl_keyfile=config.tls_key_file,
             )
         )
+        return self._server
 
 
 def site(kafka: KafkaConfig, config: CollectorConfig, proxy: ProxyConfig, *, config_digest: str = "") -> Site:

@@ -18,7 +18,6 @@ from collector.proxy_config import ProxyConfig
 from collector.weights import Model
 
 _ANSWER_TYPES: Final = frozenset({"application/json", "application/x-ndjson", "text/event-stream"})
-_LIST_BYTES_MAX: Final = 4_194_304
 UNKNOWN: Final = Model("unknown@unknown")
 
 
@@ -134,17 +133,18 @@ class Upstream:
         self._models = dict(map(_tagged if ollama else _named, entries))
         self._listed = True
 
-    def refresh(self, now_s: float, every_s: float = 10) -> None:
-        """List the models again, in the background, where the list is old."""
-        if now_s - self._listed_s > every_s and (self._listing is None or self._listing.done()):
+    def refresh(self, every_s: float = 10) -> "asyncio.Task[None]":
+        """List the models again, in the background, where the list is old; the listing under way or the last one."""
+        now_s = asyncio.get_running_loop().time()
+        if self._listing is None or (self._listing.done() and now_s - self._listed_s > every_s):
             self._listed_s = now_s
-            self._listing = asyncio.ensure_future(self._list_quietly())
+            self._listing = asyncio.ensure_future(self.list_models())
+            self._listing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return self._listing
 
-    async def _list_quietly(self) -> None:
-        try:
-            await self.list_models()
-        except UpstreamFailed:
-            return
+    async def check(self) -> None:
+        """Raises UpstreamFailed where the server does not answer. However many ask, it is asked once a second."""
+        await asyncio.shield(self.refresh(1))
 
     def model(self, name: object) -> Model:
         """The model of that name as the server lists it; a name that it does not list is the client's own text."""

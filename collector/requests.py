@@ -18,7 +18,8 @@ _SINGLE: Final = frozenset(
     {b"authorization", b"x-api-key", b"x-session-id", b"x-user-id", b"content-type", b"content-length", b"host"}
 )
 """Headers of which a request has at most one: of two, this gate and the next server might each take another."""
-_CLOSE: Final = ((b"connection", b"close"),)
+CLOSE: Final = ((b"connection", b"close"),)
+"""The answer's header that ends the connection."""
 _SECRET: Final = re.compile(rb"[!-+\--~]{1,8192}")
 """Visible ASCII without a comma."""
 _CACHES: Final = ("kv_transfer_params", "ec_transfer_params")
@@ -136,7 +137,7 @@ def _headers(scope: Mapping[str, Any], more: frozenset[bytes]) -> dict[bytes, by
             found[name] = value
     if b"transfer-encoding" in found and b"content-length" in found:
         # RFC 9112, 6.1: whoever stands before us may have taken the other one, so the connection ends here.
-        raise Refusal(400, "two_lengths", "The request says its length in two ways.", _CLOSE)
+        raise Refusal(400, "two_lengths", "The request says its length in two ways.", CLOSE)
     return found
 
 

@@ -43,6 +43,21 @@ def test_what_is_no_json_object_is_garbled(raw: bytes) -> None:
         cut("text/event-stream", [raw])
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'event: x\rdata: {"secret": 1}\n\n',
+        b'data: {}\rdata: {"x": 1}\n\n',
+        b'\xef\xbb\xbfdata: {"secret": 1}\n\n',
+        b"\r\r\n\n",
+    ],
+)
+def test_what_a_client_would_read_otherwise_is_garbled(raw: bytes) -> None:
+    """A CR alone ends a line for it, and it skips a byte order mark: it would be given what no guard has seen."""
+    with pytest.raises(Garbled):
+        cut("text/event-stream", [raw])
+
+
 KEYS = ("choices", "usage", "delta", "message", "response", "index", "finish_reason", "done", "error", "type", "x")
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 
