@@ -114,19 +114,28 @@ class PromptView:
         """Whether `rendered` is this prompt as a template puts it: every line that guards judged, turns in order."""
         if self.view == "rendered":
             return self.turns[0].text == rendered
-        place = 0
+        place = documents = 0
         for turn in self.turns:
             if turn.role not in _STAGES:
                 continue  # templates may rewrite system text, and leave out what assistants thought
-            start = 0 if turn.role == "document" else place
-            for line in map(str.strip, turn.text.splitlines()):
-                found = _find(rendered, line, start)
-                if found < 0:
-                    return False
-                start = found + len(line)
-            if turn.role != "document":  # templates put documents where they like
-                place = start
+            if turn.role != "document":
+                place = end = _end(rendered, turn.text, place)
+            else:  # templates put documents where they like; one behind the other is the usual, and quickly found
+                end = _end(rendered, turn.text, documents)
+                documents = end = end if end >= 0 else _end(rendered, turn.text, 0)
+            if end < 0:
+                return False
         return True
+
+
+def _end(rendered: str, text: str, start: int) -> int:
+    """Where the last line of `text` ends in `rendered`, its lines in order from `start`; -1 where one is not there."""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        found = _find(rendered, line, start)
+        if found < 0:
+            return -1
+        start = found + len(line)
+    return start
 
 
 def _find(text: str, line: str, start: int) -> int:

@@ -7,14 +7,14 @@ goes closes the connection to the server, and its event says `aborted`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import orjson
 import structlog
 
-from collector.audit import Blocked, Unaudited
+from collector.audit import Blocked, EngineRequest, Unaudited
 from collector.auditor import Auditor
 from collector.context import Exchange, exchange
 from collector.proxy_config import ProxyConfig
@@ -24,6 +24,7 @@ from collector.proxy_routes import APIS
 from collector.proxy_upstream import Upstream, UpstreamFailed
 from collector.requests import Refusal
 from collector.trace import traceparent
+from collector.weights import Model
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +32,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+_INLINE_BYTES_MAX: Final = 65_536
 _TRACESTATE_BYTES_MAX: Final = 512
 _WITH_USAGE: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 _LOADS: Final = {
@@ -105,7 +107,8 @@ class Proxy:
             body = _parsed(raw)
             await self._permit(upstream, path, body)
             asked = _written(self._asked(path, body, relay))
-            self._begin(upstream, auditor, at_hand, body, relay)
+            prompts = await self._requests(auditor, at_hand, body, large=len(raw) > _INLINE_BYTES_MAX)
+            self._begin(at_hand, upstream.model(body.get("model")), prompts, relay)
             async with AsyncExitStack() as stack, asyncio.timeout(self._config.answer_timeout_s):
                 answer = await upstream.ask(stack, "POST", path, asked, _headers(scope))
                 await relay.pass_on(answer)
@@ -147,15 +150,22 @@ class Proxy:
         relay.hides_usage = True
         return {**body, "stream_options": {**options, "include_usage": True}}
 
-    def _begin(
-        self, upstream: Upstream, auditor: Auditor, at_hand: Exchange, body: dict[str, Any], relay: Relay
-    ) -> None:
+    async def _requests(
+        self, auditor: Auditor, at_hand: Exchange, body: dict[str, Any], *, large: bool
+    ) -> list[EngineRequest]:
+        """One for each prompt in the body; none for management. A large body is read on a thread."""
+        if at_hand.operation == "management":
+            return []
+        found = requests(at_hand.operation, body, native=at_hand.route.startswith("POST /api/"))
+        return await auditor.threads.run(list, found) if large else list(found)
+
+    def _begin(self, at_hand: Exchange, model: Model, prompts: Iterable[EngineRequest], relay: Relay) -> None:
         """Begin each prompt in the journal. Raises Blocked once all of them are begun, Unaudited."""
+        auditor, blocked = self._auditor(), False
         if at_hand.operation == "management":
             auditor.reject(at_hand, reason="management", http_status=200, status="ok")
             return
-        model, blocked = upstream.model(body.get("model")), False
-        for asked in requests(at_hand.operation, body, native=at_hand.route.startswith("POST /api/")):
+        for asked in prompts:
             try:
                 request = asked._replace(model_version=model.version, weights_digest=model.digest)
                 relay.audits.append(auditor.open(request))

@@ -66,9 +66,9 @@ class Seen:
         self._count(frame)
         self._end(frame)
         said = False
-        kind = str(frame.get("type", ""))
+        kind, place = str(frame.get("type", "")), _count(frame.get("output_index"))
         self.pieces.clear()
-        for path, text in [] if self._api == "vectors" else _texts(frame, (kind, frame.get("output_index"))):
+        for path, text in [] if self._api == "vectors" else _texts(frame, (kind, place)):
             said = said or (bool(text) and "error" not in path)
             if self._keep:
                 self._texts.setdefault(path, []).append(text)

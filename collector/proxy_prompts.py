@@ -164,7 +164,7 @@ def requests(operation: str, body: Body, *, native: bool) -> Iterator[EngineRequ
 
     `native`: Ollama's own API, which streams unless told otherwise. Raises as `read` does.
     """
-    found: tuple[PromptView | None, ...] = read(operation, body) if operation != "management" else ()
+    found: tuple[PromptView | None, ...] = read(operation, body)
     stream = body.get("stream")
     settings: dict[str, Any] = {
         "max_tokens": _max_tokens(body),

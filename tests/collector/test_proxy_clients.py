@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from collector import proxy_prompts
 from tests.collector.proxying import Front, fronting, running
 
 CHAT = "/v1/chat/completions"
@@ -135,3 +137,19 @@ def test_asking_for_health_costs_the_server_behind_one_request_a_second(upstream
         assert len(upstream[0].rows) - before <= time.monotonic() - began_s + 2
     with fronting("http://127.0.0.1:1") as front:
         assert [httpx.get(f"{front.url}/health").status_code for _ in range(3)] == [502] * 3
+
+
+def test_a_large_body_is_read_on_a_thread(upstream: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile others are answered."""
+    threads: list[str] = []
+
+    def read(*args: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return proxy_prompts.read(*args)
+
+    monkeypatch.setattr("collector.proxy.requests", lambda operation, body, native: map(read, [operation], [body]))
+    with fronting(upstream[1]) as front:
+        for words in (1, 20_000):
+            body = {"model": "m", "input": "word " * words}
+            httpx.post(f"{front.url}/v1/embeddings", json=body, headers=front.headers)
+    assert [name == "inferwatch-judge" for name in threads] == [False, True]

@@ -58,7 +58,20 @@ def test_what_a_client_would_read_otherwise_is_garbled(raw: bytes) -> None:
         cut("text/event-stream", [raw])
 
 
-KEYS = ("choices", "usage", "delta", "message", "response", "index", "finish_reason", "done", "error", "type", "x")
+KEYS = (
+    "choices",
+    "usage",
+    "delta",
+    "message",
+    "response",
+    "index",
+    "finish_reason",
+    "done",
+    "error",
+    "type",
+    "x",
+    "output_index",
+)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 
 
