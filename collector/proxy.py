@@ -134,8 +134,11 @@ class Proxy:
         if self._config.kind != "ollama" or APIS.get(path) == "management":
             return
         if not self._config.allow_remote_models:
-            if await upstream.is_remote(body.get("model")):
+            place = await upstream.place(body.get("model"))
+            if place == "elsewhere":
                 raise Refusal(403, "remote_model", "This model is served from another host, which is not allowed here.")
+            if place == "nowhere":
+                raise Refusal(404, "unlisted_model", "The model server has no model of this name: ask for its list.")
             if _searches(body.get("tools")):
                 raise Refusal(403, "web_search", "Searching the web by the model server is not allowed here.")
         if path in _LOADS and not body.get(_LOADS[path]) and not self._config.allow_load:

@@ -9,7 +9,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpx
 import orjson
@@ -18,6 +18,7 @@ from collector.proxy_config import ProxyConfig
 from collector.weights import Model
 
 _ANSWER_TYPES: Final = frozenset({"application/json", "application/x-ndjson", "text/event-stream"})
+Place = Literal["here", "elsewhere", "nowhere"]
 UNKNOWN: Final = Model("unknown@unknown")
 
 
@@ -82,7 +83,6 @@ class Upstream:
         self._remote: frozenset[str] = frozenset()
         self._listing: asyncio.Task[None] | None = None
         self._listed_s = 0.0
-        self._listed = False
 
     async def close(self) -> None:
         """Close all connections."""
@@ -131,7 +131,6 @@ class Upstream:
             if entry.get("remote_host") or entry.get("remote_model")
         )
         self._models = dict(map(_tagged if ollama else _named, entries))
-        self._listed = True
 
     def refresh(self, every_s: float = 10) -> "asyncio.Task[None]":
         """List the models again, in the background, where the list is old; the listing under way or the last one."""
@@ -151,14 +150,19 @@ class Upstream:
         asked = _folded(str(name)) if self._config.kind == "ollama" else str(name)
         return self._models.get(asked, UNKNOWN)
 
-    async def is_remote(self, name: object) -> bool:
-        """Whether Ollama would send the prompt to another host. Raises UpstreamFailed where it never said which do."""
+    async def place(self, name: object) -> Place:
+        """Where Ollama would work the prompt. What it does not list it has not, or has by an alias of another host's.
+
+        A name not known yet is asked for again, once a second. Raises UpstreamFailed where it does not answer.
+        """
         asked = _folded(str(name))
         if asked.endswith((":cloud", "-cloud")):
-            return True
-        if not self._listed:
-            await self.list_models()
-        return asked in self._remote
+            return "elsewhere"
+        if asked not in self._models:
+            await self.check()
+        if asked in self._remote:
+            return "elsewhere"
+        return "here" if asked in self._models else "nowhere"
 
 
 def _client(config: ProxyConfig, secret: str) -> httpx.AsyncClient:

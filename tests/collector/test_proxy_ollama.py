@@ -229,18 +229,23 @@ def test_no_prompt_goes_to_another_host_before_the_models_are_known(upstream: tu
         to = {"url": f"{front.url}/api/generate", "json": {"model": REMOTE, "prompt": "hi"}, "headers": front.headers}
         assert httpx.post(**to).status_code == 502
         with running(upstream[0], port=port):
+            time.sleep(1.1)  # it is asked once a second
             assert httpx.post(**to).status_code == 403
         assert [reason for _, reason, _ in front.told()] == ["server_refused", "remote_model"]
         assert asked(upstream[0]) == []
 
 
-def test_a_model_that_is_not_there_is_an_error_without_its_name(upstream: tuple[Ollama, str], front: Front) -> None:
-    """The client reads the server's words; the event has no word of the client's."""
-    with pytest.raises(ollama.ResponseError, match="words of the client"):
+def test_a_model_that_ollama_does_not_list_is_asked_for_nothing(upstream: tuple[Ollama, str], front: Front) -> None:
+    """It may be another host's by an alias that no list tells. One that has been pulled since is served at once."""
+    with pytest.raises(ollama.ResponseError) as refused:
         client(front).generate("words of the client", "hi")
-    (event,) = front.events
-    assert (event.status, event.reason, event.http_status) == ("error", "upstream_refused", 404)
-    assert event.model_version == "unknown@unknown"
+    assert (refused.value.status_code, "words of the client" in str(refused.value)) == (404, False)
+    assert (front.told(), asked(upstream[0])) == ([("rejected", "unlisted_model", 404)], [])
+    upstream[0].models["new:latest"] = "d" * 64
+    time.sleep(1.1)  # it is asked once a second
+    assert client(front).generate("new", "hi").response == "hi "
+    del upstream[0].models["new:latest"]
+    assert front.events[1].model_version == "new:latest@" + "d" * 16
 
 
 def test_a_new_digest_of_a_model_is_seen(

@@ -189,7 +189,7 @@ def test_no_word_of_a_client_is_in_any_output(
     events = [record for record in process.records() if isinstance(record, AuditEvent)]
     assert len({event.event_id for event in events}) == 13
     last = {event.event_id: event.status for event in events if event.route == "POST /api/generate"}
-    assert sorted(last.values()) == sorted(["aborted" if by is signal.SIGTERM else "lost", "error", "rejected"])
+    assert sorted(last.values()) == sorted(["aborted" if by is signal.SIGTERM else "lost", "rejected", "rejected"])
     assert any(isinstance(record, Goodbye) for record in process.records())
     assert not [file for file in ROOT.glob("core*") if file.is_file()]
 
