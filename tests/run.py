@@ -57,7 +57,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--soak", action="store_true", help="only the long batteries (tests marked soak)")
     options, passed_on = parser.parse_known_args()
-    chosen = ["-m", "soak" if options.soak else "not soak and not long", *passed_on]
+    chosen = ["-m", "not soak and not long", *passed_on]
+    if options.soak:  # a battery of hours is no test that hangs
+        chosen = ["-m", "soak", "-o", "faulthandler_timeout=0", *passed_on]
     began = time.monotonic()
     counted = [run(Path(sys.executable), ["--ignore=tests/engine", *SIDE_BY_SIDE, *chosen])]
     if ENGINE_PYTHON.exists():

@@ -63,7 +63,7 @@ async def test_a_crowded_gate_answers_503_and_writes_it_down() -> None:
     site = Site(GateConfig(), threads=JudgingThreads(1, waiting_max=1, wait_s_max=60))
     body = {"messages": [{"role": "user", "content": "wait"}]}
     tasks = [asyncio.create_task(site.send("POST", CHAT, json=body)) for _ in range(2)]
-    await asyncio.to_thread(site.guard.waiting.acquire)
+    await asyncio.to_thread(site.guard.waiting.acquire, True, 30)
     for _ in range(500):
         if site.auditor.threads.jobs == 2:
             break
@@ -77,10 +77,10 @@ async def test_a_crowded_gate_answers_503_and_writes_it_down() -> None:
 async def test_bodies_count_until_they_are_judged() -> None:
     """Two that are nearly as large as all together may be: a third is not read while they wait."""
     site = Site(GateConfig(buffered_bytes_max=1_048_576), threads=JudgingThreads(2, waiting_max=9, wait_s_max=60))
-    body = {"messages": [{"role": "user", "content": "wait" + "a" * 900_000}]}
+    body = {"messages": [{"role": "user", "content": "wait" + "a" * 500_000}]}
     tasks = [asyncio.create_task(site.send("POST", CHAT, json=body)) for _ in range(2)]
     for _ in tasks:
-        await asyncio.to_thread(site.guard.waiting.acquire)
+        await asyncio.to_thread(site.guard.waiting.acquire, True, 30)
     refused = await site.send("POST", CHAT, json=body)
     site.guard.go_on.set()
     assert [(await task).status_code for task in tasks] == [200, 200]

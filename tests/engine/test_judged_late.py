@@ -38,7 +38,7 @@ async def test_the_event_loop_goes_on_while_a_long_prompt_is_judged() -> None:
     site, engine = Site(GateConfig()), Engine()
     outputs = judged_first(site.auditor, EngineRequest("generate", f"wait {LONG}"), engine)
     step = asyncio.create_task(anext(outputs))
-    await asyncio.to_thread(site.guard.waiting.acquire)
+    await asyncio.to_thread(site.guard.waiting.acquire, True, 30)
     assert engine.begun == 0
     site.guard.go_on.set()
     assert await step == "an output"
