@@ -49,6 +49,8 @@ class Seen:
         self._texts: dict[Path, list[str]] = {}
         self._pieces = 0
         self._finishes: set[str] = set()
+        self._choices_done: set[int] = set()
+        self._choices_open: set[int] = set()
         self.prompt_tokens = self.usage_tokens = 0
         self.counted = self.ended = self.failed = False
         self.choices = 1
@@ -103,8 +105,10 @@ class Seen:
         choices = frame.get("choices")
         for choice in choices if isinstance(choices, list) else []:
             if isinstance(choice, dict):
-                self.choices = max(self.choices, min(_count(choice.get("index")), 4095) + 1)
+                place = min(_count(choice.get("index")), 4095)
+                self.choices = max(self.choices, place + 1)
                 self._finish(choice.get("finish_reason"))
+                (self._choices_done if choice.get("finish_reason") else self._choices_open).add(place)
 
     def _finish(self, reason: object) -> None:
         if isinstance(reason, str) and reason and reason not in ("in_progress", "queued"):
@@ -112,8 +116,8 @@ class Seen:
 
     @property
     def finished(self) -> bool:
-        """Whether the server said that the answer has come to its end."""
-        return self.ended or bool(self._finishes)
+        """Whether the server said that the answer has come to its end, each of its choices where there are several."""
+        return self.ended or (bool(self._finishes) and self._choices_open <= self._choices_done)
 
     @property
     def token_count(self) -> int:

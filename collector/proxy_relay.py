@@ -157,6 +157,7 @@ class Relay:
     def _keeps(self, frame: Frame) -> bool:
         """Take note of a frame; whether the client is to have it."""
         if frame.said is None:
+            self._seen.ended = self._seen.ended or (frame.last and bool(self._seen.finish_reason))
             return True
         if self._seen.see(frame.said):
             self._last_s = self._auditor.clock_s()

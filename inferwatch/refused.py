@@ -20,6 +20,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "VLLM_USE_RUST_FRONTEND": "the Rust front end has no gate",
     "VLLM_SERVER_DEV_MODE": "it opens routes that run code and change weights",
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "it prints answers into the log",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "it keeps prompts and answers in memory for good",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "it loads adapters from any path a client names",
 }
 _OFF: Final = frozenset({"", "0", "false", "off", "no"})
@@ -32,8 +33,10 @@ class ServeRefused(ValueError):
 def check_command_line(argv: Sequence[str]) -> None:
     """Raises ServeRefused for a flag that can't be served."""
     for argument in argv:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in FLAGS:
+        given = argument.partition("=")[0].replace("_", "-")
+        # vLLM's parser takes the beginning of a flag for the flag.
+        flag = next((flag for flag in FLAGS if len(given) > len("--") and flag.startswith(given)), "")
+        if flag:
             raise ServeRefused(f"{flag} is refused: {FLAGS[flag]}")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -223,6 +224,9 @@ class Raw:
         """One connection."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
+            # What is not read when the connection is closed resets it, and the answer may be lost.
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            await reader.readexactly(int(length[1]) if length else 0)
             if b"GET " not in head:
                 self.seen += 1
             writer.write(self.answer)

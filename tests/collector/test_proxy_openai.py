@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from collector.routes import GateConfig
-from tests.collector.proxying import BOTH, Front, Raw, answer_of, fronting, running, serving_raw
+from tests.collector.proxying import BOTH, INPUT, Front, Raw, answer_of, fronting, running, serving_raw
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -279,6 +279,26 @@ def test_a_stream_that_breaks_ends_with_an_error_and_an_event(more: bytes, told:
         assert front.told() == [("error", told, 502)]
         assert front.events[0].response_tokens == 1
         assert got.content.startswith(DELTA) or got.status_code == 502
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [(b"", ("error", "upstream_broke", 502)), (b"data: [DONE]\n\n", ("ok", "", 200))]
+)
+@pytest.mark.parametrize("stages", [INPUT, BOTH])
+def test_a_stream_of_several_choices_ends_with_the_last_of_them(
+    stages: frozenset[str], end: bytes, told: tuple[str, str, int]
+) -> None:
+    """One that had not come to its end is not whole, unless the server says that it is."""
+    frames = [
+        {"index": 0, "delta": {"content": "one"}},
+        {"index": 1, "delta": {"content": "two"}},
+        {"index": 0, "delta": {}, "finish_reason": "stop"},
+        {"index": 1, "delta": {"content": "and"}},
+    ]
+    sent = b"".join(b"data: " + json.dumps({"choices": [frame]}).encode() + b"\n\n" for frame in frames)
+    with serving_raw(Raw(OPEN + sent + end)) as url, fronting(url, stages=stages) as front:
+        post(front, {**STREAM, "n": 2})
+        assert front.told() == [told]
 
 
 def test_a_servers_error_within_a_stream_is_an_error(upstream: tuple[Server, str]) -> None:

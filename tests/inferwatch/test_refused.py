@@ -15,11 +15,18 @@ def test_the_plugin_stops_a_process_with_such_a_variable(name: str) -> None:
     check_process(["vllm", "run-batch"], {name: "0"})
 
 
+def test_the_store_of_responses_is_among_them() -> None:
+    """vLLM itself says that nothing is ever removed from it."""
+    assert "VLLM_ENABLE_RESPONSES_API_STORE" in VARIABLES
+
+
 @pytest.mark.parametrize("flag", FLAGS)
 def test_the_plugin_stops_plain_vllm_serve_with_such_a_flag(flag: str) -> None:
-    """As `inferwatch serve` does."""
-    with pytest.raises(ServeRefused, match=flag):
-        check_process(["/usr/bin/vllm", "serve", "model", flag], {})
+    """As `inferwatch serve` does; the beginning of a flag is taken for it by vLLM's parser, and so it is here."""
+    for given in (flag, f"{flag}=1", flag[:-2], flag.replace("-", "_").replace("__", "--", 1)):
+        with pytest.raises(ServeRefused, match="is refused"):
+            check_process(["/usr/bin/vllm", "serve", "model", given], {})
+    check_process(["/usr/bin/vllm", "serve", "model", "--enable-lora", "--", "--port", "8000"], {})
 
 
 def test_the_plugin_stops_the_grpc_server() -> None:
