@@ -161,10 +161,15 @@ def views(operation: str, body: Body) -> tuple[PromptView, ...]:
 
 
 def check_lists(body: Body) -> None:
-    """Raises `TooMany` for a list that may be more prompts than a request has; one of token ids is one prompt."""
+    """Raises `TooMany` for what may be more prompts than a request has, in a list or by names.
+
+    Token ids are one prompt, however many.
+    """
     for value in body.values():
-        if isinstance(value, list) and len(value) > TURNS_MAX and not all(isinstance(each, int) for each in value):
-            raise TooMany
+        if isinstance(value, list | dict) and len(value) > TURNS_MAX:
+            entries = value.values() if isinstance(value, dict) else value
+            if not all(isinstance(each, int | float) for each in entries):
+                raise TooMany
 
 
 def _joined(texts: Sequence[str]) -> str:

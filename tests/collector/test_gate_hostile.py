@@ -179,6 +179,7 @@ async def test_no_canary_in_any_rejection_log_or_answer(
         ("/v1/embeddings", {"input": ["a"] * 4_097}),
         ("/rerank", {"query": "q", "documents": ["a"] * 4_097}),
         ("/generative_scoring", {"items": ["a"] * 4_097}),
+        ("/v1/systemone", {"state": "s", "questions": {f"q{each}": {"type": "bool"} for each in range(4_097)}}),
         (CHAT, {"messages": [{"role": "user", "content": "a"}] * 4_097}),
     ],
 )
@@ -189,8 +190,9 @@ async def test_one_request_is_at_most_so_many_prompts(site: Site, path: str, bod
 
 
 async def test_one_long_prompt_in_token_ids_is_one_prompt(site: Site) -> None:
-    """However many they are."""
-    assert (await site.send("POST", "/v1/completions", json={"prompt": [7] * 50_000})).status_code == 200
+    """However many they are; nor is a bias for each token more than one."""
+    body = {"prompt": [7] * 50_000, "logit_bias": {str(token): 0.5 for token in range(5_000)}}
+    assert (await site.send("POST", "/v1/completions", json=body)).status_code == 200
 
 
 @pytest.mark.parametrize(
