@@ -5,6 +5,7 @@ Without a guard on answers a stream's frames go on as they come; with one they a
 """
 
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
@@ -94,7 +95,7 @@ class Relay:
             told = b""
         self._close("error", reason=reason, http_status=answer.status)
         told = told or Refusal(answer.status, reason, str(UpstreamFailed(answer.status, reason))).body()
-        after = answer.retry_after if answer.retry_after.isdigit() and len(answer.retry_after) < 6 else ""
+        after = answer.retry_after if re.fullmatch("[0-9]{1,5}", answer.retry_after) else ""
         await answer_json(self._send, answer.status, told, [(b"retry-after", after.encode())] if after else [])
 
     async def _whole(self, answer: Answer) -> None:

@@ -101,7 +101,7 @@ class Upstream:
             raise UpstreamFailed(502, "upstream_redirects")
         answer = Answer(response, self._config.answer_bytes_max)
         plain = response.headers.get("content-encoding", "identity") == "identity"
-        good = answer.status >= 400 or (answer.status == 200 and answer.type in _ANSWER_TYPES)
+        good = 400 <= answer.status < 600 or (answer.status == 200 and answer.type in _ANSWER_TYPES)
         if not plain or not good:
             raise UpstreamFailed(502, "upstream_garbled")
         return answer

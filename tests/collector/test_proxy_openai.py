@@ -250,6 +250,8 @@ DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
         (answer_of(b"", status="302 Found", more="location: http://127.0.0.1:1/\r\n"), 502, "upstream_redirects"),
         (answer_of(b"", status="307 Found", more="location: /v1/other\r\n"), 502, "upstream_redirects"),
         (answer_of({"choices": [{"text": "x" * 70_000}]}), 502, "upstream_too_large"),
+        (answer_of({}, status="600 Odd"), 502, "upstream_garbled"),
+        (answer_of({"error": "busy"}, status="429 Busy", more="retry-after: \u00b2\r\n"), 429, "upstream_refused"),
         (OPEN, 502, "upstream_broke"),
         (OPEN + b"data: {\n\n", 502, "upstream_garbled"),
         (OPEN + b"data: [1]\n\n", 502, "upstream_garbled"),
