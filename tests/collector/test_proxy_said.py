@@ -7,7 +7,8 @@ import pytest
 
 from collector.proxy_answers import Seen
 from tests.collector.proxying import Raw, answer_of, fronting, serving_raw
-from tests.collector.test_proxy_openai import ASKED, CHAT, ENDED, GOOD, SSE, post
+from tests.collector.test_proxy_openai import ASKED, CHAT, ENDED, SSE, post
+from tests.collector.test_proxy_upstream_faults import GOOD
 
 
 def used(arguments: object) -> dict[str, Any]:
