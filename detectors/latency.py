@@ -52,6 +52,7 @@ STEPS: Final = 5
 STEPS_MAX: Final = 300
 """Steps to which a window may grow while calls are few: an hour of steps of 12 s."""
 STEPS_KEPT: Final = 120
+"""Steps with calls that a key keeps, where `min_calls` asks for no more."""
 HISTORY_MAX: Final = 120
 HISTORY_MIN: Final = 5
 SPREAD_FLOOR: Final = 0.02

@@ -8,6 +8,8 @@ import pytest
 
 from detectors.config import DetectConfig
 from detectors.finding import Finding
+from detectors.latency import LatencyTwo
+from detectors.latency_told import KeyState
 from tests.bench.detection_pipe import SECOND_US, Floats, calls_of, passed
 from tests.detectors.test_findings import findings_of
 from tests.sim.traffic import Traffic
@@ -97,7 +99,7 @@ def test_half_of_a_doubling_is_told_after_two_days_of_its_own_past() -> None:
 
 
 def test_a_model_that_is_seldom_called_is_judged_by_windows_of_up_to_an_hour() -> None:
-    """At one call a minute a doubling is told after the second hour; what a key keeps does not grow with the hour."""
+    """At one call a minute, a doubling is told within two windows of nearly an hour."""
     rng = np.random.default_rng(3)
     minutes = np.arange(24 * 60)
     latency = 400 * rng.lognormal(0, 0.2, len(minutes)) * np.where(minutes >= 20 * 60, 2.5, 1.0)
@@ -107,4 +109,19 @@ def test_a_model_that_is_seldom_called_is_judged_by_windows_of_up_to_an_hour() -
     (opened,) = (each for each in found if each.state == "open")
     hours_late = (opened.updated_us - START_US) / (3_600 * SECOND_US) - 20
     assert 0 < hours_late < 2.1
-    assert "calls" in opened.summary
+
+
+def test_a_key_keeps_no_more_steps_than_two_windows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call in each step for three hours: 120 steps are kept, of the 600 that windows may look back to."""
+    kept: list[int] = []
+    learn = LatencyTwo._learn
+
+    def learned(two: LatencyTwo, state: KeyState, index: int, window_steps: int, *, slow: bool) -> None:
+        learn(two, state, index, window_steps, slow=slow)
+        kept.append(len(state.steps))
+
+    monkeypatch.setattr(LatencyTwo, "_learn", learned)
+    at = np.arange(3 * 300)
+    config = CONFIG.model_copy(update={"latency": CONFIG.latency.model_copy(update={"window_s": 60, "min_calls": 50})})
+    passed(calls_of(START_US + at * 12 * SECOND_US, np.full(len(at), 400.0)), config)
+    assert (len(kept), max(kept)) == (len(at), 120)
